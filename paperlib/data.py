@@ -1,0 +1,305 @@
+"""Images and labels as uint8 tensors, and batches of them, augmented on the device.
+
+torchvision is imported where it is needed: the import takes seconds, and a cached data set does without it.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from paperlib import glyphs
+
+NAMES = ("glyphs100", "cifar100", "flowers102", "folder:<path>")
+EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set. Images are (n, 3, S, S) uint8 (channels last in memory), labels (n,) int64 in 0..L-1."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all pixels and labels, whatever file they came from."""
+        digest = hashlib.sha256()
+        for images in (self.x_train, self.x_test):
+            digest.update(images.permute(0, 2, 3, 1).contiguous().numpy())
+        for labels in (self.y_train, self.y_test):
+            digest.update(labels.numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> "Images":
+        tensors = {key: getattr(self, key).to(device) for key in ("x_train", "y_train", "x_test", "y_test")}
+        return replace(self, **tensors)
+
+
+def load(name: str, root: str | Path | None = None, image_size: int | None = None) -> Images:
+    """Load a data set by name: glyphs100, cifar100, flowers102 or folder:<path>.
+
+    root is where downloads and `.npz` caches live (default: $PAPERLIB_DATA, else ./data). image_size is the side S in
+    pixels (default 32, flowers102 224); other sizes are resized once and cached. Flowers-102 has its official splits,
+    train + validation (2,040, the validation images last) and test (6,149). A folder holds train/<label>/* and
+    test/<label>/* image files. Raises ValueError for an unknown name or unusable data, and OSError with the way out
+    where a download fails.
+    """
+    check_name(name)
+    root = Path(root or os.environ.get("PAPERLIB_DATA") or "data")
+    if name == "glyphs100":
+        return _images(name, *glyphs.draw(image_size or 32))
+    if name == "cifar100":
+        return _cifar100(root, image_size or 32)
+    if name == "flowers102":
+        cache = root / f"flowers102-{image_size or 224}.npz"
+        return _cached(name, cache, lambda: _flowers102(root, image_size or 224))
+    return _images(name, *_folder(Path(name.removeprefix("folder:")).expanduser(), image_size or 32))
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, with the way out, for a data set that does not exist."""
+    if name.startswith("folder:"):
+        for part in ("train", "test"):
+            if not (Path(name.removeprefix("folder:")).expanduser() / part).is_dir():
+                raise ValueError(f"{name} has no {part}/ folder: lay it out as {part}/<label>/<image files>")
+    elif name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}: use one of {', '.join(NAMES)}")
+
+
+def limit(data: Images, images: int) -> Images:
+    """The first `images` training and test images, dealt evenly over the labels; 0 keeps all."""
+    if not images:
+        return data
+    if images < 2 * len(data.classes):
+        raise ValueError(
+            f"limit={images} leaves a label without images: use at least {2 * len(data.classes)} "
+            f"(2 for each of {len(data.classes)} labels)"
+        )
+    train, test = (_dealt(labels)[:images].sort().values for labels in (data.y_train, data.y_test))
+    return replace(
+        data,
+        x_train=data.x_train[train],
+        y_train=data.y_train[train],
+        x_test=data.x_test[test],
+        y_test=data.y_test[test],
+    )
+
+
+def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Split training images into (kept, held out) indices: the last `fraction` of every label's images is held out.
+
+    At least one image a label goes to each side. On Flowers-102 and 0.5 the held-out images are the official
+    validation split.
+    """
+    order, rank, counts = _ranked(labels)
+    cut = (counts - (counts * fraction).round().long()).clamp(min=1).minimum(counts - 1)
+    last = rank >= cut[labels[order]]
+    return order[~last].sort().values, order[last].sort().values
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each colour channel over all pixels, both (3, 1, 1) float32 in 0..1."""
+    total = torch.zeros(3, dtype=torch.float64)
+    squares = torch.zeros(3, dtype=torch.float64)
+    for chunk in images.split(2048):
+        pixels = chunk.cpu().double() / 255  # not every device has float64
+        total += pixels.sum(dim=(0, 2, 3))
+        squares += pixels.square().sum(dim=(0, 2, 3))
+    count = images.numel() / 3
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+    return mean.float().view(3, 1, 1), std.float().view(3, 1, 1)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images -> float32 with the training images' mean 0 and deviation 1 per channel."""
+    return (images.float() / 255 - mean) / std
+
+
+def augmented_batches(
+    images: Tensor, labels: Tensor, batch_size: int, shift: int, flip: bool, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order: uint8 batches, each image shifted by up to `shift` pixels (black beyond the edge) and,
+    with `flip`, mirrored with probability 1/2.
+
+    `generator` is a CPU generator whatever the device: an epoch's random numbers are drawn at once and copied over,
+    so every device sees the same batches and nothing waits inside the epoch.
+    """
+    n, device, size = len(images), images.device, images.shape[-1]
+    order = torch.randperm(n, generator=generator)
+    offsets = torch.randint(-shift, shift + 1, (2, n), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
+    order, offsets, mirrored = (t.to(device, non_blocking=True) for t in (order, offsets, mirrored))
+    pixel = torch.arange(size, device=device)
+    stored = images.permute(0, 2, 3, 1)
+    for start in range(0, n, batch_size):
+        part = slice(start, start + batch_size)
+        index = order[part]
+        rows = pixel + offsets[0, part, None]  # (b, S): the source row of each row
+        columns = torch.where(mirrored[part, None], size - 1 - pixel, pixel) + offsets[1, part, None]
+        inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+        batch = stored[
+            index[:, None, None], rows.clamp(0, size - 1)[:, :, None], columns.clamp(0, size - 1)[:, None, :]
+        ]
+        yield (batch * inside[..., None]).permute(0, 3, 1, 2), labels[index]
+
+
+def _images(name: str, x_train, y_train, x_test, y_test, classes) -> Images:
+    """NHWC uint8 arrays and labels -> Images, after checking that they are a usable data set."""
+    classes = tuple(str(label) for label in classes)
+    tensors = []
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        x, y = np.asarray(x), np.asarray(y)
+        if x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8 or len(x) != len(y):
+            raise ValueError(
+                f"{name}: x_{part} must be (n, S, S, 3) uint8 with one label an image, "
+                f"not {x.shape} {x.dtype} with {len(y)} labels"
+            )
+        missing = set(range(len(classes))) - set(np.unique(y).tolist())
+        if missing or y.max() >= len(classes):
+            raise ValueError(
+                f"{name}: every one of the {len(classes)} labels needs {part} images numbered 0..{len(classes) - 1}; "
+                f"missing: {[classes[i] for i in sorted(missing)[:5]] or 'none'}, largest label {y.max()}"
+            )
+        tensors += [torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64))]
+    return Images(name, *tensors, classes)
+
+
+def _cifar100(root: Path, image_size: int) -> Images:
+    def download() -> tuple:
+        from torchvision.datasets import CIFAR100
+
+        try:
+            parts = [CIFAR100(root, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"CIFAR-100 could not be downloaded ({error}); put cifar-100-python.tar.gz or cifar100.npz "
+                f"into {root} by hand, or name the folder that has it in PAPERLIB_DATA"
+            ) from error
+        (train, test) = parts
+        return train.data, train.targets, test.data, test.targets, train.classes
+
+    data = _cached("cifar100", root / "cifar100.npz", download)
+    if image_size == 32:
+        return data
+
+    def resized() -> tuple:
+        from torchvision.transforms.functional import resize
+
+        x_train, x_test = (
+            torch.cat([resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)])
+            for x in (data.x_train, data.x_test)
+        )
+        nhwc = (x.permute(0, 2, 3, 1).numpy() for x in (x_train, x_test))
+        return next(nhwc), data.y_train.numpy(), next(nhwc), data.y_test.numpy(), data.classes
+
+    return _cached("cifar100", root / f"cifar100-{image_size}.npz", resized)
+
+
+def _flowers102(root: Path, image_size: int) -> tuple:
+    from torchvision.datasets import Flowers102
+
+    try:
+        train, validation, test = (Flowers102(root, split=split, download=True) for split in ("train", "val", "test"))
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"Flowers-102 could not be downloaded ({error}); put jpg/, imagelabels.mat and setid.mat into "
+            f"{root / 'flowers-102'} by hand, or name the folder above it in PAPERLIB_DATA"
+        ) from error
+    arrays = []
+    for parts in ((train, validation), (test,)):
+        pairs = [pair for part in parts for pair in part]
+        arrays += [
+            np.stack([_square(image, image_size) for image, _ in pairs]),
+            np.array([label for _, label in pairs]),
+        ]
+    return *arrays, train.classes
+
+
+def _folder(path: Path, image_size: int) -> tuple:
+    from torchvision.datasets import ImageFolder
+
+    arrays, names = [], []
+    for part in ("train", "test"):
+        try:
+            dataset = ImageFolder(path / part)
+        except FileNotFoundError as error:
+            raise ValueError(f"folder:{path}: {str(error).splitlines()[0]}") from error
+        images = []
+        for file, _ in dataset.samples:
+            try:
+                images.append(_square(Image.open(file), image_size))
+            except (OSError, UnidentifiedImageError) as error:
+                raise ValueError(f"{file} is not a readable image: remove or replace it") from error
+        arrays += [np.stack(images), np.array(dataset.targets)]
+        names.append(dataset.classes)
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))
+        raise ValueError(f"folder:{path}: train/ and test/ must have the same labels; only one of them has {odd[:5]}")
+    if len(names[0]) < 2:
+        raise ValueError(f"folder:{path} has one label only: at least 2 are needed")
+    # Files of a folder are sorted by name; a fixed shuffle keeps "the last images of a label" a fair sample.
+    order = np.random.default_rng(0).permutation(len(arrays[1]))
+    return arrays[0][order], arrays[1][order], arrays[2], arrays[3], names[0]
+
+
+def _square(image: Image.Image, side: int) -> np.ndarray:
+    """PIL image -> (side, side, 3) uint8: the shorter side resized, the centre kept; alpha is laid on black."""
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+    if image.mode.startswith("I"):  # 16- and 32-bit grey, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    tensor = pil_to_tensor(image.convert("RGB"))
+    return center_crop(resize(tensor, side, antialias=True), [side, side]).permute(1, 2, 0).numpy()
+
+
+def _cached(name: str, cache: Path, make) -> Images:
+    """Read `cache`, or make the arrays and write it (whole or not at all)."""
+    if not cache.exists():
+        arrays = make()
+        keys = ("x_train", "y_train", "x_test", "y_test", "classes")
+        partial = cache.with_suffix(f".{os.getpid()}.part")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, **dict(zip(keys, arrays, strict=True)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, cache)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            print(f"{cache} was not written ({error}): the images will be decoded again next time")
+        return _images(name, *arrays)
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{cache} is not a usable data cache ({error}): delete it, and it is made anew") from error
+    return _images(name, *arrays)
+
+
+def _ranked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images sorted by label: their indices, each one's number within its label (from 0), and images per label."""
+    order = torch.argsort(labels, stable=True)
+    counts = labels.bincount()
+    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]], counts
+
+
+def _dealt(labels: Tensor) -> Tensor:
+    """Indices ordered like dealing cards: every label's first image, then every label's second, ..."""
+    order, rank, _ = _ranked(labels)
+    return order[torch.argsort(rank, stable=True)]

@@ -1,0 +1,254 @@
+"""Tables -> pictures: one function a figure, one style for all."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from paperlib.data import EMBEDDED, Images
+
+# Okabe-Ito colours, distinguishable for colour-blind readers.
+TAP_COLOURS = {
+    "block": "#0072B2",
+    "attn": "#D55E00",
+    "ff2": "#009E73",
+    "ff1": "#CC79A7",
+    "ff_in": "#56B4E9",
+    "mha": "#E69F00",
+    "qkv": "#999999",
+    "stem": "#000000",
+}
+METHOD_COLOURS = {"andc": "#0072B2", "permuted": "#E69F00", "random": "#999999", "magnitude": "#009E73"}
+HEAD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "paperlib",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True,
+}
+
+
+def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure:
+    """Write <name>.png, .pdf, .svg and the .csv behind them into a folder, byte for byte the same each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dates = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with plt.rc_context(STYLE):
+        for kind, metadata in dates.items():
+            figure.savefig(folder / f"{name}.{kind}", metadata=metadata)
+    table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    plt.close(figure)
+    return figure
+
+
+def examples(images: Images, labels: int = 20) -> Figure:
+    """A training image and, below it, a test image of evenly chosen labels."""
+    chosen = np.linspace(0, len(images.classes) - 1, min(labels, len(images.classes))).round().astype(int)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(2, len(chosen), figsize=(0.5 * len(chosen), 1.5), squeeze=False)
+        for column, label in enumerate(chosen):
+            for row, (x, y) in enumerate(((images.x_train, images.y_train), (images.x_test, images.y_test))):
+                first = x[(y == int(label)).nonzero()[0, 0]]
+                axes[row, column].imshow(first.permute(1, 2, 0).numpy())
+                axes[row, column].axis("off")
+            axes[0, column].set_title(_plain(images.classes[label])[:12], fontsize=7)
+        figure.suptitle("training images above, test images below", fontsize=8)
+        plt.close(figure)
+        return figure
+
+
+def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
+    """Loss and test accuracy against epochs, one line a seed (`stages.learning_curves`)."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
+        for seed, curve in curves.groupby("seed"):
+            left.plot(curve.epoch, curve.loss, "o-", ms=3, label=f"seed {seed}")
+            right.plot(curve.epoch, 100 * curve.test_accuracy, "o-", ms=3)
+        right.axhline(100 / labels, color="grey", ls=":", label="chance")
+        left.set(xlabel="epoch", ylabel="training loss")
+        right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
+        left.legend()
+        right.legend()
+        _whole_numbers(left, right)
+        return _stamped(figure, f"{data}, n = {curves.seed.nunique()}", data)
+
+
+def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
+    """Readout accuracy and raw SNR of each tap along the encoders, mean and spread over seeds, with the random network
+    dashed (first table of `stages.snr`)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+        raw = taps[(taps.threshold == threshold) & ~taps.centred]
+        shown = sorted(raw[raw.network == "random"].tap.unique(), key=list(TAP_COLOURS).index)
+        for axis, column, scale in ((axes[0], "accuracy", 100), (axes[1], "snr", 1)):
+            for tap in shown:
+                for kind, line in (("trained", "o-"), ("random", "x--")):
+                    _curve(axis, raw[(raw.tap == tap) & (raw.network == kind)], column, scale, line, TAP_COLOURS[tap])
+        axes[0].set(xlabel="encoder", ylabel="readout accuracy (%)", ylim=(0, None))
+        axes[1].set(xlabel="encoder", ylabel="SNR")
+        axes[1].axhline(1, color="grey", ls=":")
+        for tap in shown:
+            axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
+        axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
+        axes[0].legend(ncols=2, fontsize=8)
+        _whole_numbers(*axes)
+        return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
+
+
+def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure:
+    """SNR of one tap along the encoders for every threshold, trained (solid) and random (dashed)."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(4.4, 3))
+        part = taps[(taps.tap == tap) & ~taps.centred]
+        thresholds = sorted(part.threshold.unique())
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(thresholds)))
+        for threshold, colour in zip(thresholds, colours, strict=True):
+            for kind, line in (("trained", "o-"), ("random", "x--")):
+                rows = part[(part.threshold == threshold) & (part.network == kind)]
+                _curve(axis, rows, "snr", 1, line, colour)
+            axis.plot([], [], "o-", ms=4, color=colour, label=f"{threshold:g}")
+        axis.set(xlabel="encoder", ylabel=f"SNR of {tap}", yscale="log")
+        axis.legend(title="threshold", fontsize=8, ncols=2)
+        _whole_numbers(axis)
+        return _stamped(figure, f"{data}, n = {part.seed.nunique()}; dashed: random network", data)
+
+
+def node_matrix(
+    field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], title: str
+) -> Figure:
+    """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
+    first = [label for cluster in clusters for label in cluster]
+    order = first + [label for label in range(len(classes)) if label not in set(first)]
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
+        scaled = (field / field.max())[order][:, order].numpy()
+        image = axes[0].imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1)
+        figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8)
+        shown = max(len(first) + 5, 12)
+        axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
+        start = 0
+        for cluster in clusters:
+            size = len(cluster)
+            frame = plt.Rectangle((start - 0.5, start - 0.5), size, size, fill=False, ec="#D55E00", lw=1.5)
+            axes[1].add_patch(frame)
+            start += size
+        names = [_plain(classes[label]) for label in order[:shown]]
+        axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
+        axes[1].set_yticks(range(shown), names, fontsize=7)
+        axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
+        axes[1].set(xlabel="output label")
+        figure.suptitle(title, fontsize=9)
+        return figure
+
+
+def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy against dilution for ANDC and its controls; open symbols after the short retraining (`stages.pruning`)."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(4.8, 3.2))
+        intact = (table.accuracy + table.loss).mean()
+        axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
+        for method, colour in METHOD_COLOURS.items():
+            part = table[table.method == method].groupby("threshold")
+            mean = part[["dilution", "accuracy", "retrained_accuracy"]].mean().sort_values("dilution")
+            spread = part.accuracy.std().reindex(mean.index).fillna(0)
+            axis.errorbar(
+                mean.dilution, 100 * mean.accuracy, 100 * spread, fmt="o-", ms=4, color=colour, label=method, capsize=2
+            )
+            axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
+        axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
+        axis.set(xlabel="dilution of the FF layers", ylabel="test accuracy (%)", xlim=(0, 1), ylim=(0, None))
+        axis.legend(fontsize=8)
+        return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
+
+
+def head_map(labels: pd.DataFrame, classes: tuple[str, ...], data: str, encoder: int, seed: int) -> Figure:
+    """How many nodes of each head recognise each label, labels ordered by owner and count (`stages.head_division`)."""
+    part = labels[(labels.encoder == encoder) & (labels.seed == seed) & (labels.network == "trained")]
+    counts = part.pivot(index="head", columns="label", values="count")
+    owned = part[part.owner].set_index("label")
+    order = sorted(counts.columns, key=lambda label: _owner_key(owned, label))
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(11, 1.1 + 0.32 * len(counts)))
+        image = axis.imshow(counts[order].to_numpy(), aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=axis, label="nodes", pad=0.01)
+        ticks = axis.set_xticks(range(len(order)), [_plain(classes[label]) for label in order], rotation=90, fontsize=6)
+        for tick, label in zip(ticks, order, strict=True):
+            if label in owned.index:
+                tick.label1.set_color(HEAD_COLOURS[int(owned.loc[label, "head"]) % len(HEAD_COLOURS)])
+        axis.set_yticks(range(len(counts)), [f"head {head}" for head in counts.index])
+        for tick, head in zip(axis.get_yticklabels(), counts.index, strict=True):
+            tick.set_color(HEAD_COLOURS[int(head) % len(HEAD_COLOURS)])
+        return _stamped(figure, f"{data}, encoder {encoder}, seed {seed}: nodes that recognise a label", data)
+
+
+def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
+    """Excess specialisation and the ablation gap along the encoders (second table of `stages.head_division`)."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
+        for kind, line, colour in (("trained", "o-", "#D55E00"), ("random", "x--", "grey")):
+            part = encoders[encoders.network == kind]
+            _curve(left, part, "excess", 1, line, colour)
+            left.plot([], [], line, ms=4, color=colour, label=kind)
+        null = encoders[encoders.network == "trained"].groupby("encoder")[["null_low", "null_high", "null_mean"]].mean()
+        left.fill_between(
+            null.index,
+            null.null_low - null.null_mean,
+            null.null_high - null.null_mean,
+            color="#D55E00",
+            alpha=0.2,
+            lw=0,
+            label="95 % of permutations",
+        )
+        left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
+        left.legend(fontsize=8)
+        trained = encoders[encoders.network == "trained"]
+        _curve(right, trained, "own_drop", 100, "o-", "#D55E00")
+        _curve(right, trained, "other_drop", 100, "s--", "#0072B2")
+        right.plot([], [], "o-", ms=4, color="#D55E00", label="own labels")
+        right.plot([], [], "s--", ms=4, color="#0072B2", label="other labels")
+        right.set(xlabel="encoder", ylabel="accuracy lost without\nthe head (points)")
+        right.legend(fontsize=8)
+        _whole_numbers(left, right)
+        return _stamped(figure, f"{data}, n = {encoders.seed.nunique()}", data)
+
+
+def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour) -> None:
+    """Mean over seeds against the encoder, with a band of one standard deviation where there are several seeds."""
+    grouped = rows.groupby("encoder")[column]
+    mean, spread = scale * grouped.mean(), scale * grouped.std().fillna(0)
+    axis.plot(mean.index, mean, line, ms=4, color=colour)
+    if (spread > 0).any():
+        axis.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+
+
+def _owner_key(owned: pd.DataFrame, label: int) -> tuple:
+    if label not in owned.index:
+        return (len(HEAD_COLOURS) + 1000, 0, label)
+    return (int(owned.loc[label, "head"]), -int(owned.loc[label, "count"]), label)
+
+
+def _plain(name: str) -> str:
+    """A class name as matplotlib should draw it: dollar signs are text, not mathematics."""
+    return name.replace("$", r"\$")
+
+
+def _whole_numbers(*axes) -> None:
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _stamped(figure: Figure, title: str, data: str) -> Figure:
+    suffix = " — demonstration, not evidence" if data in EMBEDDED else ""
+    figure.suptitle(title + suffix, fontsize=9)
+    return figure

@@ -1,0 +1,120 @@
+"""Fields and Boolean matrices of a head's nodes -> which head recognises which label, against chance (claim C5).
+
+H heads, D nodes of an encoder's concatenated heads (tap `attn`; node k belongs to head k // (D/H)), L labels. What the
+abstract calls symmetry breaking is given numbers here by our choice of definitions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def head_matrices(fields: Tensor, num_heads: int) -> Tensor:
+    """Field matrix of each head with all others silenced, M_h = sum of its nodes' matrices: (D, L, L) -> (H, L, L)."""
+    return _by_head(fields, num_heads).sum(dim=1)
+
+
+def cooperation_counts(booleans: Tensor, num_heads: int) -> Tensor:
+    """n_h(l): how many nodes of head h recognise label l: (D, L, L) bool -> (H, L) int64."""
+    return _by_head(booleans.diagonal(dim1=1, dim2=2), num_heads).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which head owns which label, all (L,)."""
+
+    owner: Tensor  # head with the largest count; -1 where no node recognises the label
+    margin: Tensor  # largest count minus the second largest
+    tied: Tensor  # bool: the largest count is shared (the owner is then the first of them)
+
+
+def assign_labels(counts: Tensor) -> Assignment:
+    """Give each label to the head with the most nodes that recognise it: (H, L) -> assignment. One head owns all."""
+    top = counts.topk(min(2, len(counts)), dim=0).values
+    second = top[1] if len(top) > 1 else torch.zeros_like(top[0])
+    seen = top[0] > 0
+    return Assignment(counts.argmax(dim=0).where(seen, -1), top[0] - second, seen & (top[0] == second))
+
+
+def specialisation(counts: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (nats) of n_h(l) / sum_h n_h(l) from uniform, averaged over the labels that any node
+    recognises: (..., H, L) -> (...). 0 if all heads share every label alike, ln H if each label has one head.
+
+    Small counts alone lift it by about (H - 1) / (2 n): read only its excess over `permutation_null`.
+    """
+    counts = counts.double()
+    total = counts.sum(dim=-2, keepdim=True)
+    share = counts / total.clamp(min=1)
+    entropy = -torch.special.xlogy(share, share).sum(dim=-2)
+    recognised = total.squeeze(-2) > 0
+    divergence = (torch.log(torch.tensor(float(counts.shape[-2]))) - entropy) * recognised
+    return divergence.sum(dim=-1) / recognised.sum(dim=-1).clamp(min=1)
+
+
+def permutation_null(diagonal: Tensor, num_heads: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Specialisation with the encoder's nodes dealt to its heads at random: (D, L) bool -> (draws,)."""
+    nodes = len(diagonal)
+    head = torch.arange(nodes) // (nodes // num_heads)
+    results = []
+    for _ in range(0, draws, 64):  # in chunks: a draw needs (D, H) + (H, L) floats
+        dealt = head[torch.rand(64, nodes, generator=generator).argsort(dim=1)]
+        members = torch.nn.functional.one_hot(dealt, num_heads).to(diagonal.device, torch.float32)
+        results.append(specialisation(members.transpose(1, 2) @ diagonal.float()))
+    return torch.cat(results)[:draws]
+
+
+@torch.no_grad()
+def ablation_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """The network's own logits when one head of a CCT says nothing (its nodes are 0 before `proj` mixes the heads).
+
+    images (n, 3, S, S), normalised -> (encoders, H, n, L). What lies before the ablated head is computed once.
+    """
+    network.eval()
+    classifier = network.classifier
+    stream = classifier.embed(network.tokenizer(images))
+    logits = []
+    for index, block in enumerate(classifier.blocks):
+        for head in range(block.self_attn.heads):
+            with _silenced(block.self_attn, head):
+                ablated = block(stream)
+            for later in classifier.blocks[index + 1 :]:
+                ablated = later(ablated)
+            logits.append(classifier.classify(ablated))
+        stream = block(stream)
+    return torch.stack(logits).unflatten(0, (len(classifier.blocks), -1))
+
+
+def ablation_drops(intact: Tensor, ablated: Tensor, labels: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """How many images a head's ablation costs among its own labels and among the others.
+
+    intact (n,) and ablated (H, n) bool: right answers; labels (n,); owner (L,): head that owns each label, -1 none.
+    Returns drop (H, n) in -1, 0, 1 and own (H, n) bool; labels that nobody owns count as others of every head.
+    """
+    heads = torch.arange(len(ablated), device=labels.device)
+    return intact.int() - ablated.int(), owner[labels] == heads[:, None]
+
+
+@contextmanager
+def _silenced(attention: nn.Module, head: int) -> Iterator[None]:
+    width = attention.proj.in_features // attention.heads
+
+    def silence(module, args):
+        heads = args[0].clone()
+        heads[..., head * width : (head + 1) * width] = 0
+        return (heads,)
+
+    hook = attention.proj.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _by_head(values: Tensor, num_heads: int) -> Tensor:
+    """(D, ...) -> (H, D/H, ...)."""
+    if num_heads < 1 or len(values) % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide {len(values)} nodes")
+    return values.unflatten(0, (num_heads, -1))

@@ -1,0 +1,5 @@
+"""The networks that are measured; nothing here knows about measuring them."""
+
+from paperlib.models.cct import cct
+
+__all__ = ["cct"]

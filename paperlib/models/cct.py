@@ -1,0 +1,261 @@
+"""The compact convolutional transformer (CCT) of Hassani et al., arXiv:2104.05704.
+
+Sub-modules carry the names of the reference implementation, so published CCT weights load as they are.
+"""
+
+import re
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# blocks -> (embedding width d, heads, FF width / d), as in the reference implementation
+SIZES = {
+    2: (128, 2, 1),
+    4: (128, 2, 1),
+    6: (256, 4, 2),
+    7: (256, 4, 2),
+    8: (256, 4, 2),
+    14: (384, 6, 3),
+    16: (384, 6, 3),
+}
+POSITIONAL_EMBEDDINGS = ("learnable", "sine", "none")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, fused: bool = True) -> Tensor:
+    """Softmax attention of each head; q, k, v and the result are (B, H, N, d/H).
+
+    `fused` takes PyTorch's kernel, otherwise the three products are written out; the numbers agree.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.dropout(attention_map(q, k), dropout) @ v
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights (B, H, N, N), each row a distribution over the tokens attended to."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (MHSA): x (B, N, d) -> (B, N, d).
+
+    Node k of the concatenated heads (the input of `proj`) belongs to head k // (d/H).
+    """
+
+    def __init__(self, width: int, heads: int, attention_dropout: float, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def split_heads(self, qkv: Tensor) -> Tensor:
+        """Output of the qkv layer (B, N, 3d) -> (3, B, H, N, d/H)."""
+        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split_heads(self.qkv(x))
+        # On CPUs the written-out products beat the fused kernel in bf16, and lose to it in fp32.
+        fused = not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+        heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused)
+        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+
+
+class EncoderBlock(nn.Module):
+    """One encoder: x (B, N, d) -> (B, N, d).
+
+    x = LN_1(x + DropPath(MHSA(LN_pre(x)))), then x + DropPath(W2 GELU(W1 x + b1) + b2):
+    the FF residual starts from the normalised stream.
+    """
+
+    def __init__(
+        self, width: int, heads: int, ff_width: int, dropout: float, attention_dropout: float, drop_path: float
+    ):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(width)
+        self.self_attn = Attention(width, heads, attention_dropout, dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, ff_width)
+        self.activation = nn.GELU()
+        self.dropout1 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(ff_width, width)
+        self.dropout2 = nn.Dropout(dropout)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.drop_path if self.training else 0.0
+        x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x)), rate))
+        ff = self.dropout1(self.activation(self.linear1(x)))
+        return x + drop_path(self.dropout2(self.linear2(ff)), rate)
+
+
+def drop_path(branch: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: the branch (B, N, d) of each image is dropped with probability `rate`, else scaled up."""
+    if rate == 0.0:
+        return branch
+    # Written out because torchvision's, which does the same, takes seconds to import.
+    kept = torch.empty(len(branch), 1, 1, device=branch.device, dtype=branch.dtype).bernoulli_(1 - rate)
+    return branch * kept / (1 - rate)
+
+
+class Tokenizer(nn.Module):
+    """Convolutional stem: images (B, C, S, S) -> tokens (B, N, d)."""
+
+    def __init__(self, kernel: int, convs: int, width: int, channels: int, hidden: int = 64):
+        super().__init__()
+        self.kernel = kernel
+        planes = [channels] + [hidden] * (convs - 1) + [width]
+        self.conv_layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(a, b, kernel, max(1, kernel // 2 - 1), max(1, kernel // 2), bias=False),
+                    nn.ReLU(),
+                    nn.MaxPool2d(3, stride=2, padding=1),
+                )
+                for a, b in pairwise(planes)
+            )
+        )
+
+    def tokens(self, image_size: int) -> int:
+        """Number of tokens of a square image."""
+        side = image_size
+        for layer in self.conv_layers:
+            conv = layer[0]
+            side = (side + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
+            side = (side - 1) // 2 + 1
+        return side * side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_layers(x).flatten(2).transpose(1, 2)
+
+
+class TransformerClassifier(nn.Module):
+    """Encoders, LayerNorm, SeqPool and classifier: tokens (B, N, d) -> logits (B, labels)."""
+
+    def __init__(
+        self,
+        blocks: int,
+        width: int,
+        heads: int,
+        ff_width: int,
+        tokens: int,
+        num_classes: int,
+        positional_embedding: str,
+        dropout: float,
+        attention_dropout: float,
+        stochastic_depth: float,
+    ):
+        super().__init__()
+        if positional_embedding == "learnable":
+            self.positional_emb = nn.Parameter(torch.empty(1, tokens, width))
+        elif positional_embedding == "sine":
+            self.positional_emb = nn.Parameter(sine_embedding(tokens, width), requires_grad=False)
+        else:
+            self.positional_emb = None
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                width, heads, ff_width, dropout, attention_dropout, stochastic_depth * index / max(1, blocks - 1)
+            )
+            for index in range(blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.attention_pool = nn.Linear(width, 1)
+        self.fc = nn.Linear(width, num_classes)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens plus position, what encoder 1 reads: (B, N, d) -> (B, N, d)."""
+        return self.dropout(tokens if self.positional_emb is None else tokens + self.positional_emb)
+
+    def classify(self, stream: Tensor) -> Tensor:
+        """The last encoder's output (B, N, d) -> logits (B, labels), through LayerNorm, SeqPool and the classifier."""
+        x = self.norm(stream)
+        pooled = self.attention_pool(x).softmax(dim=1).transpose(1, 2) @ x  # SeqPool: (B, 1, d)
+        return self.fc(pooled.squeeze(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.embed(tokens)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.classify(stream)
+
+
+class CCT(nn.Module):
+    """A compact convolutional transformer: images (B, C, S, S), normalised -> logits (B, labels). Use `cct`."""
+
+    def __init__(self, tokenizer: Tokenizer, classifier: TransformerClassifier):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.tokenizer(x))
+
+
+def cct(
+    name: str,
+    num_classes: int,
+    image_size: int = 32,
+    positional_embedding: str = "learnable",
+    heads: int | None = None,
+    channels: int = 3,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.1,
+    stochastic_depth: float = 0.1,
+) -> CCT:
+    """Build `cct_<blocks>_<kernel>x<convs>` with freshly drawn weights (from torch's global generator).
+
+    blocks is one of 2, 4, 6, 7, 8, 14, 16 and sets width, heads and FF width (`SIZES`); `heads` replaces the number
+    of heads. Defaults and initialisation are the reference's: linear layers truncated normal 0.02 with zero bias,
+    convolutions Kaiming, learnable positions truncated normal 0.2, stochastic depth rising linearly from 0.
+    Raises ValueError for a name or number that gives no such network.
+    """
+    match = re.fullmatch(r"cct_(\d+)_(\d+)x(\d+)", name)
+    if not match or int(match[1]) not in SIZES or 0 in (int(match[2]), int(match[3])):
+        raise ValueError(f"unknown model {name!r}: use cct_<blocks>_<kernel>x<convs> with blocks in {sorted(SIZES)}")
+    if positional_embedding not in POSITIONAL_EMBEDDINGS:
+        raise ValueError(
+            f"unknown positional_embedding {positional_embedding!r}: use one of {', '.join(POSITIONAL_EMBEDDINGS)}"
+        )
+    blocks, kernel, convs = (int(number) for number in match.groups())
+    width, default_heads, ratio = SIZES[blocks]
+    heads = heads or default_heads
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide the width {width} of {name}: use a divisor of {width}")
+    tokenizer = Tokenizer(kernel, convs, width, channels)
+    classifier = TransformerClassifier(
+        blocks=blocks,
+        width=width,
+        heads=heads,
+        ff_width=ratio * width,
+        tokens=tokenizer.tokens(image_size),
+        num_classes=num_classes,
+        positional_embedding=positional_embedding,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        stochastic_depth=stochastic_depth,
+    )
+    network = CCT(tokenizer, classifier)
+    network.apply(_initialise)
+    if positional_embedding == "learnable":
+        nn.init.trunc_normal_(classifier.positional_emb, std=0.2)
+    return network
+
+
+def sine_embedding(tokens: int, width: int) -> Tensor:
+    """Fixed sine/cosine positions, (1, N, d), in -1..1."""
+    channel = torch.arange(width)
+    angle = torch.arange(tokens)[:, None] / 10000 ** (2 * (channel // 2) / width)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos())[None]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)

@@ -1,0 +1,145 @@
+"""Taps + labels -> one linear readout per tap, all trained in the same passes over the frozen network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paperlib.data import augmented_batches, normalise
+from paperlib.snp import class_sums, means_of
+from paperlib.taps import Tap, activations, recording
+from paperlib.training import generator, progress, schedule
+
+
+@dataclass(frozen=True)
+class ReadoutRecipe:
+    """How readouts are trained; every field has its unit in `runs.Settings`."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    l2: float
+    shift: int
+    flip: bool
+    max_steps: int = 0
+
+
+def train_readouts(
+    network: nn.Module,
+    taps: list[Tap],
+    images: Tensor,
+    labels: Tensor,
+    num_labels: int,
+    mean: Tensor,
+    std: Tensor,
+    recipe: ReadoutRecipe,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> dict[str, Tensor]:
+    """Train a readout on each tap of a frozen network: uint8 images, labels -> tap name -> weight (L, T, D), fp32.
+
+    A readout is linear, without bias, from all T*D activations to the L labels (family). It is the minimum of mean
+    cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
+    into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice).
+    """
+    scales = _rms(network, taps, images[:1024], mean, std)
+    weights = {}
+    with recording(network, taps) as recorded, torch.no_grad():
+        network.eval()
+        network(normalise(images[:1], mean, std))
+        for tap in taps:
+            features = recorded[tap.name][0].numel()
+            start = torch.rand(num_labels, features, generator=generator(seed, "readout", tap.name)) * 2 - 1
+            weights[tap.name] = (start / features**0.5).to(images.device).requires_grad_()
+        adam = torch.optim.Adam(list(weights.values()), lr=recipe.lr, weight_decay=recipe.l2, fused=True)
+        batches = -(-len(images) // recipe.batch_size)
+        steps_per_epoch = min(batches, recipe.max_steps or batches)
+        for epoch in range(recipe.epochs):
+            losses = torch.zeros(len(taps), device=images.device)
+            stream = augmented_batches(
+                images, labels, recipe.batch_size, recipe.shift, recipe.flip, generator(seed, "readout batches", epoch)
+            )
+            steps = zip(range(steps_per_epoch), stream, strict=False)
+            for step, (batch, batch_labels) in progress(steps, steps_per_epoch, f"readouts, epoch {epoch + 1}"):
+                network(normalise(batch, mean, std))
+                for index, tap in enumerate(taps):
+                    features = recorded[tap.name].flatten(1) / scales[tap.name]
+                    with torch.enable_grad():
+                        loss = F.cross_entropy(F.linear(features, weights[tap.name]), batch_labels)
+                        loss.backward()
+                    losses[index] += loss.detach()
+                done = epoch * steps_per_epoch + step
+                adam.param_groups[0]["lr"] = recipe.lr * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
+                adam.step()
+                adam.zero_grad()
+            log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
+        positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}
+    return {name: (weight.detach() / scales[name]).unflatten(1, positions[name]) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over a set of images gives, for every tap."""
+
+    class_means: dict[str, Tensor]  # (L, T, D)
+    correct: dict[str, Tensor]  # (n,) bool: the readout's largest field is the image's label
+    head_correct: dict[str, Tensor]  # (n, H) bool: the same with all other heads silenced; taps with heads only
+
+
+@torch.no_grad()
+def measure(
+    network: nn.Module,
+    taps: list[Tap],
+    weights: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Measured:
+    """Class means and readout accuracies of every tap in one pass over uint8 images."""
+    sums: dict[str, Tensor] = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    counts = labels.new_zeros(len(next(iter(weights.values()))))
+    correct: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
+    head_correct: dict[str, list[Tensor]] = {tap.name: [] for tap in taps if tap.heads}
+    start = 0
+    for batch in activations(network, taps, images, mean, std):
+        size = len(next(iter(batch.values())))
+        batch_labels = labels[start : start + size]
+        start += size
+        counts += batch_labels.bincount(minlength=len(counts))
+        for tap in taps:
+            class_sums(sums[tap.name], batch[tap.name], batch_labels)
+            if tap.heads:
+                heads = head_fields(batch[tap.name], weights[tap.name], tap.heads)
+                head_correct[tap.name].append(heads.argmax(dim=2) == batch_labels[:, None])
+                fields = heads.sum(dim=1)
+            else:
+                fields = batch[tap.name].flatten(1) @ weights[tap.name].flatten(1).T
+            correct[tap.name].append(fields.argmax(dim=1) == batch_labels)
+    return Measured(
+        {name: means_of(total, counts) for name, total in sums.items()},
+        {name: torch.cat(parts) for name, parts in correct.items()},
+        {name: torch.cat(parts) for name, parts in head_correct.items()},
+    )
+
+
+def head_fields(activations: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Output fields of each head alone (every other head's readout weights silenced): (n, T, D), (L, T, D) -> (n, H, L).
+
+    Their sum over heads is the readout's field of the whole tap.
+    """
+    split = activations.unflatten(2, (heads, -1)).permute(2, 0, 1, 3).flatten(2)  # (H, n, T * D/H)
+    return torch.bmm(split, weight.unflatten(2, (heads, -1)).permute(2, 0, 1, 3).flatten(2).mT).transpose(0, 1)
+
+
+@torch.no_grad()
+def _rms(network: nn.Module, taps: list[Tap], images: Tensor, mean: Tensor, std: Tensor) -> dict[str, float]:
+    """Root mean square of each tap's activations, 1 for a tap that is silent."""
+    totals = {tap.name: [0.0, 0] for tap in taps}
+    for batch in activations(network, taps, images, mean, std):
+        for name, activation in batch.items():
+            totals[name][0] += activation.square().sum().item()
+            totals[name][1] += activation.numel()
+    return {name: (total / count) ** 0.5 or 1.0 for name, (total, count) in totals.items()}

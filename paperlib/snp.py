@@ -1,0 +1,172 @@
+"""Single-nodal performance (SNP): readout + class means -> fields -> Boolean matrices -> clusters -> signal and noise.
+
+Shapes: L labels, T positions per node, D nodes of one tap. In every L x L matrix the row is the input label and the
+column the output label. Where a definition comes from: `code` (the group's public code of the CNN version) or `choice`
+(ours); see docs/deviations.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def class_means(activations: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """Mean activation of each label's images: (n, T, D), (n,) -> (L, T, D). Raises ValueError for a label without any."""
+    sums = activations.new_zeros(num_labels, *activations.shape[1:])
+    counts = class_sums(sums, activations, labels)
+    return means_of(sums, counts)
+
+
+def class_sums(sums: Tensor, activations: Tensor, labels: Tensor) -> Tensor:
+    """Add a batch to `sums` (L, T, D) in place; return the images added per label (L,). Sums add up across batches and
+    devices, so one pass over the data serves all nodes at once."""
+    sums.index_add_(0, labels, activations)
+    return labels.bincount(minlength=len(sums))
+
+
+def means_of(sums: Tensor, counts: Tensor) -> Tensor:
+    """Class sums (L, T, D) and images per label (L,) -> class means (L, T, D)."""
+    if not counts.all():
+        raise ValueError(f"label {(counts == 0).nonzero()[0].item()} has no image, so its mean does not exist")
+    return sums / counts.view(-1, 1, 1)
+
+
+def field_matrices(readout_weight: Tensor, class_means: Tensor) -> Tensor:
+    """Output fields of each node alone, averaged over each label's images: (L, T, D), (L, T, D) -> (D, L, L).
+
+    M_k[c, l] = sum_t W[l, t, k] * mean_c a[t, k]: what the readout would say if every weight but node k's were silenced
+    (code; the exchange of mean and sum is exact because the readout is linear, and averaging instead of summing over
+    images keeps unbalanced test sets right).
+    """
+    if readout_weight.shape != class_means.shape:
+        raise ValueError(f"readout {tuple(readout_weight.shape)} and class means {tuple(class_means.shape)} differ")
+    return torch.bmm(class_means.permute(2, 0, 1), readout_weight.permute(2, 1, 0))
+
+
+def split_offset(fields: Tensor) -> tuple[Tensor, Tensor]:
+    """(D, L, L) -> (centred fields (D, L, L), the offset's share of each node's squared norm (D,) in 0..1).
+
+    The offset o_k[l] = mean over input labels of M_k[c, l] is the response that no input label causes (choice).
+    """
+    offset = fields.mean(dim=1, keepdim=True)
+    norm = fields.square().sum(dim=(1, 2))
+    share = offset.square().sum(dim=(1, 2)) * fields.shape[1] / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    return fields - offset, share
+
+
+def boolean_matrices(fields: Tensor, threshold: float = 0.3) -> Tensor:
+    """(D, L, L) -> (D, L, L) bool: fields above `threshold` (in 0..1, strictly) times the node's own maximum (code).
+
+    A node without a positive field has an empty matrix (choice: dividing by its maximum would flip every sign).
+    Raises ValueError for a threshold outside (0, 1) or fields that are not finite.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold {threshold} must lie between 0 and 1")
+    maximum = fields.amax(dim=(1, 2), keepdim=True)
+    if not maximum.isfinite().all():
+        raise ValueError("a node's fields are not finite: the network or its readout has diverged")
+    return (fields / maximum.where(maximum > 0, torch.inf)) > threshold
+
+
+def diagonal_labels(booleans: Tensor) -> Tensor:
+    """The labels each node recognises, D_k: (D, L, L) -> (D, L) bool."""
+    return booleans.diagonal(dim1=1, dim2=2)
+
+
+def cluster_labels(booleans: Tensor) -> Tensor:
+    """(D, L, L) bool -> (D, L): number (from 0) of the cluster that holds each diagonal label, -1 for other labels.
+
+    A label joins the first cluster whose members it confuses with itself both ways (block all ones), else it opens the
+    next one; labels in ascending order (code: repeatedly taking the first unused label and adding every later one that
+    fits gives the same clusters).
+    """
+    diagonal = diagonal_labels(booleans)
+    nodes, labels = diagonal.shape
+    mutual = booleans & booleans.transpose(1, 2)
+    most = int(diagonal.sum(dim=1).max()) if nodes else 0
+    cluster = torch.full((nodes, labels), -1, dtype=torch.long, device=booleans.device)
+    # fits[k, j, l]: label l is mutually connected to all members of cluster j of node k (true of an empty cluster)
+    fits = torch.ones(nodes, most, labels, dtype=torch.bool, device=booleans.device)
+    for label in range(labels):
+        joins = diagonal[:, label].nonzero().squeeze(1)
+        if len(joins):
+            first = fits[joins, :, label].to(torch.uint8).argmax(dim=1)
+            cluster[joins, label] = first
+            fits[joins, first] &= mutual[joins, label]
+    return cluster
+
+
+def label_clusters(boolean: Tensor) -> list[list[int]]:
+    """Clusters of one node: (L, L) bool -> lists of labels, in the order in which they were opened."""
+    cluster = cluster_labels(boolean[None])[0]
+    return [(cluster == number).nonzero().squeeze(1).tolist() for number in range(int(cluster.max()) + 1)]
+
+
+@dataclass(frozen=True)
+class NodeStatistics:
+    """One entry per node, all (D,) int64."""
+
+    labels: Tensor  # |D_k| = sum of cluster sizes = trace of B_k
+    clusters: Tensor  # N_c
+    internal: Tensor  # internal noise: off-diagonal ones inside clusters, sum of s (s - 1)
+    external: Tensor  # external noise: ones outside all clusters
+
+
+def node_statistics(booleans: Tensor) -> NodeStatistics:
+    """Cluster statistics of every node: (D, L, L) bool -> four (D,) tensors (code)."""
+    cluster = cluster_labels(booleans)
+    most = int(cluster.max()) + 1 if cluster.numel() else 0
+    sizes = torch.stack([(cluster == number).sum(dim=1) for number in range(most)] or [cluster.sum(dim=1) * 0], dim=1)
+    labels = sizes.sum(dim=1)
+    internal = (sizes * (sizes - 1)).sum(dim=1)
+    ones = booleans.flatten(1).sum(dim=1)
+    return NodeStatistics(labels, (sizes > 0).sum(dim=1), internal, ones - labels - internal)
+
+
+@dataclass(frozen=True)
+class TapStatistics:
+    """Statistics of one tap (floats). Means are over all nodes; nan where a quotient does not exist."""
+
+    signal: float  # S: nodes that recognise a label, mean over labels
+    noise: float  # N: nodes that answer label l to inputs of another label c, mean over pairs l != c
+    snr: float  # S / N
+    snr_external: float  # S / N with the external noise alone
+    clusters_per_node: float
+    pooled_cluster_size: float  # labels in clusters / clusters, over all nodes together
+    labels_per_node: float
+    internal_noise: float
+    external_noise: float
+    nodes_with_cluster: float  # share of nodes, 0..1
+
+
+def tap_statistics(booleans: Tensor) -> TapStatistics:
+    """(D, L, L) bool -> statistics of the tap (choice: S and N are built from the quantities that the group reports)."""
+    return summarise(node_statistics(booleans), booleans.shape[1])
+
+
+def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
+    """Statistics of a tap from those of its nodes."""
+    count = len(nodes.labels)
+    labels, clusters, internal, external = (
+        float(t.sum()) for t in (nodes.labels, nodes.clusters, nodes.internal, nodes.external)
+    )
+    pairs = num_labels * (num_labels - 1)
+    signal, noise, noise_external = labels / num_labels, (internal + external) / pairs, external / pairs
+    return TapStatistics(
+        signal=signal,
+        noise=noise,
+        snr=_quotient(signal, noise),
+        snr_external=_quotient(signal, noise_external),
+        clusters_per_node=_quotient(clusters, count),
+        pooled_cluster_size=_quotient(labels, clusters),
+        labels_per_node=_quotient(labels, count),
+        internal_noise=_quotient(internal, count),
+        external_noise=_quotient(external, count),
+        nodes_with_cluster=_quotient(float((nodes.clusters > 0).sum()), count),
+    )
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b else math.nan

@@ -1,0 +1,447 @@
+"""The stages of a walk: one profile's settings -> trained networks -> readouts -> tables.
+
+Each function takes a run, computes what is missing (see `runs.Run.stage`) and returns tidy tables, one row per
+seed x network x encoder x tap x variant. Raise a stage's version when the meaning of its artefact changes.
+"""
+
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from paperlib import andc, figures, heads, models, readouts, snp, taps, training
+from paperlib.data import Images, channel_statistics, held_out, normalise
+from paperlib.runs import Artefact, Run, save_table, save_tensors
+
+NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
+ARCHITECTURE = (
+    "data",
+    "image_size",
+    "limit",
+    "model",
+    "heads",
+    "positional_embedding",
+    "attention_dropout",
+    "stochastic_depth",
+)
+READOUT = (
+    "held_out",
+    "taps",
+    "shift",
+    "flip",
+    "max_steps",
+    "readout_epochs",
+    "readout_batch_size",
+    "readout_lr",
+    "readout_l2",
+)
+
+
+def recipe(run: Run) -> training.Recipe:
+    return training.Recipe(**run.config(*training.Recipe.__dataclass_fields__))
+
+
+def build_network(run: Run, seed: int) -> nn.Module:
+    """The run's network with weights freshly drawn from the seed, on the best device."""
+    s = run.settings
+    with training.seeded(seed, "weights"):
+        network = models.cct(
+            s.model,
+            num_classes=len(run.images.classes),
+            image_size=s.image_size,
+            positional_embedding=s.positional_embedding,
+            heads=s.heads or None,
+            attention_dropout=s.attention_dropout,
+            stochastic_depth=s.stochastic_depth,
+        )
+    return network.to(training.best_device(), memory_format=torch.channels_last)
+
+
+def train(run: Run, seed: int) -> Artefact:
+    """Stage: the trained network of a seed (weights.safetensors) and its learning curve (curve.csv)."""
+
+    def make(folder: Path) -> None:
+        network = build_network(run, seed)
+        images = run.images.to(training.best_device())
+        curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)
+        save_tensors(folder / "weights.safetensors", network.state_dict())
+        save_table(folder / "curve.csv", [{"seed": seed, **row} for row in curve])
+
+    config = run.config(*ARCHITECTURE, *training.Recipe.__dataclass_fields__) | {"seed": seed}
+    return run.stage(f"train-seed{seed}", 1, config, {"data": run.data_sha256}, make)
+
+
+def learning_curves(run: Run) -> pd.DataFrame:
+    """seed, epoch, lr, loss, test_accuracy (0..1): one row per epoch of every trained network."""
+    return pd.concat([train(run, seed).table("curve") for seed in run.settings.seeds], ignore_index=True)
+
+
+def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, str]]:
+    """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
+    network = build_network(run, seed)
+    inputs = {"data": run.data_sha256}
+    if kind == "trained":
+        artefact = train(run, seed)
+        network.load_state_dict(artefact.tensors("weights"))
+        inputs["network"] = artefact.sha256
+    return network.eval().requires_grad_(False), inputs
+
+
+def readout(run: Run, seed: int, kind: str) -> Artefact:
+    """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
+    and one over the held-out images give.
+
+    weights, means_test, means_held_out (FF taps only): tap -> (L, T, D); correct: tap -> (n_test,) and
+    heads/tap -> (n_test, H) as 0/1.
+    """
+    kinds = list(dict.fromkeys((*run.settings.taps, *(FF_TAPS if kind == "trained" else ()))))
+    network, inputs = load_network(run, seed, kind)
+
+    def make(folder: Path) -> None:
+        s = run.settings
+        images = run.images.to(training.best_device())
+        mean, std = (t.to(images.x_train.device) for t in channel_statistics(run.images.x_train))
+        kept, held = held_out(run.images.y_train, s.held_out)
+        places = taps.cct_taps(network, kinds)
+        weights = readouts.train_readouts(
+            network,
+            places,
+            images.x_train[kept],
+            images.y_train[kept],
+            len(images.classes),
+            mean,
+            std,
+            readouts.ReadoutRecipe(
+                s.readout_epochs, s.readout_batch_size, s.readout_lr, s.readout_l2, s.shift, s.flip, s.max_steps
+            ),
+            seed,
+            run.log,
+        )
+        test = readouts.measure(network, places, weights, images.x_test, images.y_test, mean, std)
+        correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
+        save_tensors(folder / "weights.safetensors", weights)
+        save_tensors(folder / "means_test.safetensors", test.class_means)
+        save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
+        if kind == "trained":
+            places = [place for place in places if place.kind in FF_TAPS]
+            weights = {place.name: weights[place.name] for place in places}
+            held_means = readouts.measure(
+                network, places, weights, images.x_train[held], images.y_train[held], mean, std
+            ).class_means
+            save_tensors(folder / "means_held_out.safetensors", held_means)
+
+    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds}
+    return run.stage(f"readouts-{kind}-seed{seed}", 1, config, inputs, make)
+
+
+def fields_of(artefact: Artefact, tap: str, means: str = "means_test") -> Tensor:
+    """Field matrices (D, L, L) of a tap from a readout artefact."""
+    return snp.field_matrices(artefact.tensors("weights")[tap], artefact.tensors(means)[tap])
+
+
+def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Stage for every network: (statistics of each tap at each threshold, statistics of each node at the main one).
+
+    First table: seed, network, encoder, tap, threshold, centred, accuracy (0..1) and the fields of `snp.TapStatistics`;
+    with offset_share where centred is False. Second: seed, network, encoder, tap, node, labels, clusters, internal,
+    external, offset_share.
+    """
+    both = [_snr(run, seed, kind, readout(run, seed, kind)) for seed in run.settings.seeds for kind in NETWORKS]
+    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in ("taps", "nodes"))
+
+
+def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
+    def make(folder: Path) -> None:
+        weights, means = source.tensors("weights"), source.tensors("means_test")
+        correct = source.tensors("correct")
+        tap_rows, node_rows = [], []
+        for tap in sorted(weights):
+            encoder, name = tap.split(".")
+            row = {"seed": seed, "network": kind, "encoder": int(encoder), "tap": name}
+            fields = snp.field_matrices(weights[tap], means[tap])
+            centred, share = snp.split_offset(fields)
+            row_values = {"accuracy": correct[tap].float().mean().item(), "offset_share": share.mean().item()}
+            for threshold in sorted({run.settings.threshold, *run.settings.threshold_sweep}):
+                for is_centred, matrices in ((False, fields), (True, centred)):
+                    nodes = snp.node_statistics(snp.boolean_matrices(matrices, threshold))
+                    statistics = asdict(snp.summarise(nodes, matrices.shape[1]))
+                    tap_rows.append({**row, "threshold": threshold, "centred": is_centred, **row_values, **statistics})
+                    if threshold == run.settings.threshold and not is_centred:
+                        columns = {key: getattr(nodes, key).tolist() for key in nodes.__dataclass_fields__}
+                        node_rows.append(
+                            pd.DataFrame({**row, "node": range(len(share)), **columns, "offset_share": share.tolist()})
+                        )
+        save_table(folder / "taps.csv", tap_rows)
+        save_table(folder / "nodes.csv", pd.concat(node_rows))
+
+    config = run.config("threshold", "threshold_sweep")
+    return run.stage(f"snr-{kind}-seed{seed}", 1, config, {"readouts": source.sha256}, make)
+
+
+def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Mean over seeds at one threshold: one row per network, tap and encoder, raw statistics and the centred SNR."""
+    keys = ["network", "tap", "encoder"]
+    at = taps[taps.threshold == threshold]
+    raw = (
+        at[~at.centred]
+        .groupby(keys)[
+            [
+                "accuracy",
+                "snr",
+                "snr_external",
+                "signal",
+                "noise",
+                "clusters_per_node",
+                "pooled_cluster_size",
+                "labels_per_node",
+                "offset_share",
+            ]
+        ]
+        .mean()
+    )
+    return raw.assign(snr_centred=at[at.centred].groupby(keys).snr.mean()).round(3)
+
+
+def results_of_taps(taps: pd.DataFrame, threshold: float) -> dict:
+    """The same as nested lists along the encoders, for summary.json: network -> tap -> {accuracy, snr, ...}."""
+    summary = summary_of_taps(taps, threshold).reset_index()
+    return {
+        network: {
+            tap: {column: rows[column].tolist() for column in ("accuracy", "snr", "snr_centred", "offset_share")}
+            for tap, rows in part.groupby("tap")
+        }
+        for network, part in summary.groupby("network")
+    }
+
+
+def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
+    """A figure of one node of the last encoder, the one whose number of labels is nearest to the tap's median among
+    those with a cluster of two or more, and its field matrix as a table."""
+    source = readout(run, seed, "trained")
+    tap = max(
+        (name for name in source.tensors("weights") if name.endswith(f".{kind}")), key=lambda n: int(n.split(".")[0])
+    )
+    fields = fields_of(source, tap)
+    booleans = snp.boolean_matrices(fields, run.settings.threshold)
+    nodes = snp.node_statistics(booleans)
+    distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
+    node = int(distance.argmin())
+    clusters = snp.label_clusters(booleans[node])
+    title = f"{run.images.name}: encoder {tap.split('.')[0]}, {kind}, node {node}, seed {seed}"
+    figure = figures.node_matrix(fields[node], booleans[node], clusters, run.images.classes, title)
+    return figure, pd.DataFrame(fields[node].numpy())
+
+
+def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:
+    """(seed, network, tap name) -> (n_test,) bool: which test images the tap's readout gets right."""
+    return {
+        (seed, kind, tap): values.bool()
+        for seed in run.settings.seeds
+        for kind in NETWORKS
+        for tap, values in readout(run, seed, kind).tensors("correct").items()
+        if not tap.startswith("heads/")
+    }
+
+
+def pruning(run: Run) -> pd.DataFrame:
+    """Stage for every seed: accuracy against dilution of the FF layers, for ANDC and its controls.
+
+    seed, method (andc, permuted, random, magnitude), threshold, draw, dilution, accuracy, loss (of accuracy, against
+    the unpruned network), loss_se (its standard error over test images), retrained_accuracy, retrained_loss,
+    retrained_loss_se (nan where not retrained); all in 0..1.
+    """
+    return pd.concat([_pruning(run, seed).table("pruning") for seed in run.settings.seeds], ignore_index=True)
+
+
+def _pruning(run: Run, seed: int) -> Artefact:
+    source = readout(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        s = run.settings
+        images = run.images.to(training.best_device())
+        intact = _right_answers(network, images)
+        short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0)
+        weights, means = source.tensors("weights"), source.tensors("means_held_out")
+        fields = {tap: snp.field_matrices(weights[tap], means[tap]) for tap in means}
+        rows = []
+        for threshold in s.prune_thresholds:
+            sets = {tap: snp.diagonal_labels(snp.boolean_matrices(field, threshold)) for tap, field in fields.items()}
+            for method, draw, masks in _masks(network, sets, seed, s.prune_draws):
+                pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
+                row = {"seed": seed, "method": method, "threshold": threshold, "draw": draw}
+                row |= {"dilution": andc.dilution(masks), **_loss("", intact, _right_answers(pruned, images))}
+                if threshold in s.retrain_thresholds and draw == 0:
+                    training.train(pruned, images, short, seed, log=lambda line: None)
+                    row |= _loss("retrained_", intact, _right_answers(pruned, images))
+                rows.append(row)
+            run.log(f"pruning at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
+        save_table(folder / "pruning.csv", rows)
+
+    config = run.config(
+        *training.Recipe.__dataclass_fields__,
+        "prune_thresholds",
+        "prune_draws",
+        "retrain_thresholds",
+        "retrain_epochs",
+        "retrain_lr",
+    )
+    return run.stage(f"andc-seed{seed}", 1, config | {"seed": seed}, inputs | {"readouts": source.sha256}, make)
+
+
+def _masks(network: nn.Module, sets: dict[str, Tensor], seed: int, draws: int):
+    """ANDC's masks and those of its controls at equal dilution: (method, draw, masks)."""
+    masks = andc.ff_masks(sets, network)
+    yield "andc", 0, masks
+    yield "magnitude", 0, andc.magnitude_masks(masks, network)
+    for draw in range(draws):
+        yield "random", draw, andc.random_masks(masks, training.generator(seed, "random masks", draw))
+        permuted = andc.permuted_labels(sets, training.generator(seed, "permuted labels", draw))
+        yield "permuted", draw, andc.ff_masks(permuted, network)
+
+
+def _right_answers(network: nn.Module, images: Images) -> Tensor:
+    mean, std = (t.to(images.x_train.device) for t in channel_statistics(images.x_train))
+    return training.predict(network, images.x_test, mean, std).argmax(dim=1) == images.y_test
+
+
+def _loss(prefix: str, intact: Tensor, pruned: Tensor) -> dict[str, float]:
+    drop = intact.float() - pruned.float()
+    return {
+        f"{prefix}accuracy": pruned.float().mean().item(),
+        f"{prefix}loss": drop.mean().item(),
+        f"{prefix}loss_se": (drop.std() / len(drop) ** 0.5).item(),
+    }
+
+
+def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Stage for every network: (label x head counts, one row per encoder of specialisation and ablation).
+
+    First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
+    label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
+    network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
+    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other), gap_low, gap_high (95 % over images).
+    """
+    both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
+    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in ("labels", "encoders"))
+
+
+def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, one row per network and encoder."""
+    columns = [
+        "specialisation",
+        "excess",
+        "z",
+        "unrecognised",
+        "tied",
+        "median_margin",
+        "own_drop",
+        "other_drop",
+        "gap",
+    ]
+    return encoders.groupby(["network", "encoder"])[columns].mean().round(4)
+
+
+def _heads(run: Run, seed: int, kind: str) -> Artefact:
+    source = readout(run, seed, kind)
+    network, inputs = load_network(run, seed, kind)
+
+    def make(folder: Path) -> None:
+        s, labels = run.settings, run.images.y_test
+        num_heads = network.classifier.blocks[0].self_attn.heads
+        weights, means, correct = (source.tensors(name) for name in ("weights", "means_test", "correct"))
+        intact, ablated = _ablations(network, run.images) if kind == "trained" else (None, None)
+        label_rows, encoder_rows = [], []
+        for encoder in range(1, len(network.classifier.blocks) + 1):
+            tap = f"{encoder}.attn"
+            booleans = snp.boolean_matrices(snp.field_matrices(weights[tap], means[tap]), s.threshold)
+            counts = heads.cooperation_counts(booleans, num_heads)
+            owned = heads.assign_labels(counts)
+            null = heads.permutation_null(
+                snp.diagonal_labels(booleans),
+                num_heads,
+                s.permutations,
+                training.generator(seed, "head permutations", encoder),
+            )
+            low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=null.dtype)).tolist()
+            value = heads.specialisation(counts).item()
+            row = {"seed": seed, "network": kind, "encoder": encoder}
+            summary = {
+                "specialisation": value,
+                "null_mean": null.mean().item(),
+                "null_low": low,
+                "null_high": high,
+                "excess": value - null.mean().item(),
+                "z": (value - null.mean().item()) / max(null.std().item(), 1e-12),
+                "unrecognised": int((owned.owner < 0).sum()),
+                "tied": int(owned.tied.sum()),
+                "median_margin": owned.margin.float().median().item(),
+            }
+            alone = _by_label(correct[f"heads/{tap}"].float(), labels, len(counts[0]))
+            drop = None
+            if ablated is not None:
+                drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owned.owner)
+                summary |= _gap(drop, own, training.generator(seed, "ablation bootstrap", encoder))
+                drop = _by_label(drop.float().T, labels, len(counts[0]))
+            for head in range(num_heads):
+                label_rows.append(
+                    pd.DataFrame(
+                        {
+                            **row,
+                            "label": range(len(counts[0])),
+                            "head": head,
+                            "count": counts[head].tolist(),
+                            "owner": (owned.owner == head).tolist(),
+                            "alone_accuracy": alone[:, head].tolist(),
+                            "ablation_drop": None if drop is None else drop[:, head].tolist(),
+                        }
+                    )
+                )
+            encoder_rows.append(row | summary)
+        save_table(folder / "labels.csv", pd.concat(label_rows))
+        save_table(folder / "encoders.csv", encoder_rows)
+
+    config = run.config("threshold", "permutations") | {"seed": seed}
+    return run.stage(f"heads-{kind}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+
+
+def _ablations(network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
+    """Right answers on the test images: of the intact network (n,), and with each head silent (encoders, H, n)."""
+    device = training.best_device()
+    mean, std = (t.to(device) for t in channel_statistics(images.x_train))
+    intact, ablated = [], []
+    for batch, labels in zip(images.x_test.split(256), images.y_test.split(256), strict=True):
+        pixels = normalise(batch.to(device), mean, std)
+        with torch.no_grad():
+            intact.append(network(pixels).argmax(dim=1).cpu() == labels)
+        ablated.append(heads.ablation_logits(network, pixels).argmax(dim=3).cpu() == labels)
+    return torch.cat(intact), torch.cat(ablated, dim=2)
+
+
+def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """Mean of each column over each label's images: (n, H), (n,) -> (L, H)."""
+    return snp.class_means(values[:, None, :], labels, num_labels)[:, 0]
+
+
+def _gap(drop: Tensor, own: Tensor, generator: torch.Generator, draws: int = 1000) -> dict[str, float]:
+    """Mean accuracy drop on heads' own labels, on the others, and the gap with a bootstrap interval over images."""
+    drop, own = drop.double(), own.double()
+    per_image = torch.stack([(drop * own).sum(0), own.sum(0), (drop * (1 - own)).sum(0), (1 - own).sum(0)], dim=1)
+    n = len(per_image)
+    samples = torch.stack([per_image[torch.randint(n, (n,), generator=generator)].sum(0) for _ in range(draws)])
+    gaps = samples[:, 0] / samples[:, 1].clamp(min=1) - samples[:, 2] / samples[:, 3].clamp(min=1)
+    total = per_image.sum(0)
+    own_drop, other_drop = (total[0] / total[1].clamp(min=1)).item(), (total[2] / total[3].clamp(min=1)).item()
+    low, high = gaps.quantile(torch.tensor([0.025, 0.975], dtype=gaps.dtype)).tolist()
+    return {
+        "own_drop": own_drop,
+        "other_drop": other_drop,
+        "gap": own_drop - other_drop,
+        "gap_low": low,
+        "gap_high": high,
+    }

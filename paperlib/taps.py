@@ -1,0 +1,102 @@
+"""Frozen network + images -> named activations: what a node is, and where heads are.
+
+A tap is one activation of one sub-block, recorded as (n, T, D): n images, T positions (tokens, or pixels of a filter's
+map), D nodes. Nothing after this module knows what kind of network the nodes belong to.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paperlib.data import normalise
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a network: what goes into or comes out of one sub-module."""
+
+    encoder: int  # depth, from 1; 0 is the stem
+    kind: str  # what it is called in every encoder, e.g. "attn"
+    module: str  # the sub-module's path
+    side: str = "output"  # or "input"
+    heads: int = 0  # heads whose nodes lie side by side here; 0 where they are mixed
+
+    @property
+    def name(self) -> str:
+        return f"{self.encoder}.{self.kind}"
+
+
+# kind -> (module within the encoder block, side): the table of taps of method and README
+CCT_TAPS = {
+    "qkv": ("self_attn.qkv", "output"),
+    "attn": ("self_attn.proj", "input"),
+    "mha": ("self_attn.proj", "output"),
+    "ff_in": ("norm1", "output"),
+    "ff1": ("activation", "output"),
+    "ff2": ("linear2", "output"),
+    "block": ("", "output"),
+}
+
+
+def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
+    """The taps of a CCT, encoder by encoder; kinds among `stem` (tokens plus position) and the keys of `CCT_TAPS`."""
+    kinds = list(kinds)
+    unknown = set(kinds) - {"stem", *CCT_TAPS}
+    if unknown:
+        raise ValueError(f"unknown tap {sorted(unknown)[0]!r}: use stem, {', '.join(CCT_TAPS)}")
+    heads = network.classifier.blocks[0].self_attn.heads
+    taps = [Tap(0, "stem", "classifier.blocks.0", "input")] if "stem" in kinds else []
+    for index in range(len(network.classifier.blocks)):
+        for kind in kinds:
+            if kind != "stem":
+                module, side = CCT_TAPS[kind]
+                path = f"classifier.blocks.{index}.{module}".rstrip(".")
+                taps.append(Tap(index + 1, kind, path, side, heads if kind == "attn" else 0))
+    return taps
+
+
+@contextmanager
+def recording(network: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D)."""
+    recorded: dict[str, Tensor] = {}
+
+    def keep_input(name):
+        return lambda module, args: recorded.__setitem__(name, as_nodes(args[0]))
+
+    def keep_output(name):
+        return lambda module, args, output: recorded.__setitem__(name, as_nodes(output))
+
+    hooks = []
+    try:
+        for tap in taps:
+            module = network.get_submodule(tap.module)
+            if tap.side == "input":
+                hooks.append(module.register_forward_pre_hook(keep_input(tap.name)))
+            else:
+                hooks.append(module.register_forward_hook(keep_output(tap.name)))
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def as_nodes(activation: Tensor) -> Tensor:
+    """(n, T, D) as it is; feature maps (n, D, height, width) -> (n, T, D); vectors (n, D) -> (n, 1, D)."""
+    if activation.ndim == 4:
+        return activation.flatten(2).transpose(1, 2)
+    return activation[:, None] if activation.ndim == 2 else activation
+
+
+@torch.no_grad()
+def activations(
+    network: nn.Module, taps: Iterable[Tap], images: Tensor, mean: Tensor, std: Tensor, batch_size: int = 256
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of activations of uint8 images in their order, fp32, in evaluation mode: tap name -> (b, T, D)."""
+    network.eval()
+    with recording(network, taps) as recorded:
+        for batch in images.split(batch_size):
+            network(normalise(batch, mean, std))
+            yield dict(recorded)

@@ -1,0 +1,189 @@
+"""Network + images + recipe -> trained network and learning curve, resumable after any epoch."""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from paperlib.data import Images, augmented_batches, channel_statistics, normalise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; every field has its unit in `runs.Settings`."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    label_smoothing: float
+    shift: int
+    flip: bool
+    precision: str = "auto"
+    max_steps: int = 0
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU random generator of its own for each purpose, e.g. generator(seed, "augmentation", epoch)."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@contextmanager
+def seeded(seed: int, *purpose: object):
+    """Seed torch's global generators (initialisation, dropout) for a block of code, and restore the CPU's after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, *purpose).initial_seed())
+        yield
+
+
+def best_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda:0")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether bf16 matrix products are at least 1.5 times as fast as fp32 ones: measured, since many CPUs emulate them."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(256, 256, dtype=dtype)
+        best = float("inf")
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
+
+
+def autocast(precision: str, device: torch.device):
+    """The context for a training step: bf16 autocast if `precision` is bf16, or auto where bf16 is fast."""
+    if precision == "bf16" or (precision == "auto" and fast_bf16(device.type)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Learning-rate factor in 0..1: linear rise over the first `warmup` share of the steps, then linear decay to 0."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+
+
+def optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, decaying the weight matrices and kernels only (not biases, norms or positions)."""
+    decayed, free = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 and "positional" not in name else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    # The learning rate changes every step, but an unfused, looped AdamW would cost more than a small network's step.
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def train(
+    network: nn.Module,
+    data: Images,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> list[dict]:
+    """Train `network` in place on the device that holds it and `data`; return the learning curve.
+
+    One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1). With `checkpoint`, the
+    state is saved after each epoch (written whole or not at all) and a later call with the same recipe and seed goes on
+    from there: every random number derives from (seed, purpose, epoch), so an interrupted training ends like an
+    uninterrupted one. Raises ValueError for a checkpoint of another recipe, FloatingPointError with the step at which
+    the loss stopped being finite (the last good checkpoint stays).
+    """
+    device = data.x_train.device
+    mean, std = (t.to(device) for t in channel_statistics(data.x_train))
+    adamw = optimizer(network, recipe.lr, recipe.weight_decay)
+    batches = -(-len(data.x_train) // recipe.batch_size)
+    steps_per_epoch = min(batches, recipe.max_steps or batches)
+    steps = recipe.epochs * steps_per_epoch
+    curve: list[dict] = []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        if saved["recipe"] != asdict(recipe) or saved["seed"] != seed:
+            raise ValueError(f"{checkpoint} was written by another recipe or seed: delete it to train anew")
+        network.load_state_dict(saved["network"])
+        adamw.load_state_dict(saved["optimizer"])
+        curve = saved["curve"]
+        log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
+    for epoch in range(len(curve), recipe.epochs):
+        network.train()
+        losses = torch.zeros(steps_per_epoch, device=device)
+        stream = augmented_batches(
+            data.x_train, data.y_train, recipe.batch_size, recipe.shift, recipe.flip, generator(seed, "batches", epoch)
+        )
+        with seeded(seed, "dropout", epoch):
+            steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
+            for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
+                lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup)
+                for group in adamw.param_groups:
+                    group["lr"] = lr
+                with autocast(recipe.precision, device):
+                    logits = network(normalise(images, mean, std))
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+                loss.backward()
+                adamw.step()
+                adamw.zero_grad()
+                losses[step] = loss.detach()
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise FloatingPointError(
+                f"the loss was not finite at step {bad[0].item() + 1} of epoch {epoch + 1}: "
+                "lower lr, or look for odd images"
+            )
+        test = accuracy(predict(network, data.x_test, mean, std), data.y_test)
+        curve.append({"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test})
+        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
+        if checkpoint is not None:
+            state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}
+            state |= {"network": network.state_dict(), "optimizer": adamw.state_dict()}
+            partial = checkpoint.with_suffix(".part")
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, checkpoint)
+    network.eval()
+    return curve
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch_size: int = 256) -> Tensor:
+    """Logits (n, L) of uint8 images, fp32, in evaluation mode."""
+    network.eval()
+    return torch.cat([network(normalise(batch, mean, std)) for batch in images.split(batch_size)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images (0..1) whose largest logit is their label's."""
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def progress(items: Iterable, total: int, label: str) -> Iterable:
+    """A progress bar where somebody watches (a terminal or a live notebook), nothing in a headless run."""
+    watched = "PAPERLIB_HEADLESS" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    return tqdm(items, total=total, desc=label, leave=False) if watched else items

@@ -1,0 +1,246 @@
+"""Tables -> claims, effects, verdicts: the rules, and nothing else.
+
+The rules were fixed before the reference results (choice). A claim is supported if the effect has the claimed sign for
+every seed, each seed's bootstrap interval (95 %) excludes 0, and the claim's null is beaten. On fewer than 3 seeds it
+is not tested; on the embedded data it is a demonstration, whatever the numbers say.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from paperlib.data import EMBEDDED
+
+DRAWS = 1000
+MIN_SEEDS = 3
+
+
+def verdict(
+    claim: str,
+    data: str,
+    statistic: str,
+    effects: list[float],
+    intervals: list[tuple[float, float]],
+    null: str,
+    null_beaten: bool,
+) -> dict:
+    """One row of the verdict table: effects and their 95 % intervals, one per seed; positive is what is claimed.
+
+    effect is the mean over seeds; uncertainty the standard deviation over seeds, or for one seed half its interval.
+    """
+    n = len(effects)
+    met = all(effect > 0 and low > 0 for effect, (low, _) in zip(effects, intervals, strict=True)) and null_beaten
+    uncertainty = np.std(effects, ddof=1) if n > 1 else (intervals[0][1] - intervals[0][0]) / 2
+    return {
+        "claim": claim,
+        "data": data,
+        "statistic": statistic,
+        "effect": round(float(np.mean(effects)), 6),
+        "uncertainty": round(float(uncertainty), 6),
+        "null": null,
+        "n": n,
+        "verdict": _word(met, data, n),
+    }
+
+
+def _word(met: bool, data: str, n: int) -> str:
+    if data in EMBEDDED:
+        return f"demonstration (rule {'met' if met else 'not met'}, n = {n})"
+    if n < MIN_SEEDS:
+        return f"not tested (n = {n}; rule {'met' if met else 'not met'} so far)"
+    return "supported" if met else "not supported"
+
+
+def clusters(taps: pd.DataFrame, nodes: pd.DataFrame, data: str, labels: int, threshold: float) -> list[dict]:
+    """C2: nodes identify small clusters of labels: pooled cluster size at most L/10, and raw SNR above the tap's own
+    random network in every encoder (attn, ff2 and block). The effect is the smallest excess over encoders and taps."""
+    raw = taps[(taps.threshold == threshold) & ~taps.centred]
+    small = bool((raw[raw.network == "trained"].pooled_cluster_size <= labels / 10).all())
+    rng = np.random.default_rng(0)
+    effects, intervals = [], []
+    for seed in sorted(nodes.seed.unique()):
+        excess, draws = [], []
+        for _, group in nodes[nodes.seed == seed].groupby(["encoder", "tap"]):
+            trained, random = (group[group.network == kind] for kind in ("trained", "random"))
+            if len(random):
+                excess.append(_snr(trained, labels) - _snr(random, labels))
+                draws.append(_snr_draws(trained, labels, rng) - _snr_draws(random, labels, rng))
+        smallest = int(np.argmin(excess))
+        effects.append(excess[smallest])
+        intervals.append(_interval(draws[smallest]))
+    return [
+        verdict(
+            "C2",
+            data,
+            "raw SNR above the random network's, smallest over encoders and taps; clusters of at most L/10 labels",
+            effects,
+            intervals,
+            "same network, random weights",
+            small,
+        )
+    ]
+
+
+def sharpening(
+    taps: pd.DataFrame, nodes: pd.DataFrame, correct: dict, data: str, labels: int, threshold: float
+) -> list[dict]:
+    """C3: accuracy and raw SNR grow along the encoders: rank trend > 0 and last - first > 0, both larger than the
+    random network's. One row for the accuracy of `block`, one for the SNR of each tap; the effect is last - first."""
+    rows = []
+    for statistic, tap in [("accuracy", "block"), *(("SNR", tap) for tap in sorted(taps.tap.unique()))]:
+        if not len(taps[(taps.tap == tap) & (taps.network == "random")]):
+            continue  # taps that only pruning needs have no random twin
+        effects, intervals, beaten = [], [], []
+        for seed in sorted(nodes.seed.unique()):
+            rng = np.random.default_rng(0)
+            curves = {}
+            for kind in ("trained", "random"):
+                if statistic == "accuracy":
+                    curves[kind] = _accuracy_curves(correct, seed, kind, tap, rng)
+                else:
+                    part = nodes[(nodes.seed == seed) & (nodes.network == kind) & (nodes.tap == tap)]
+                    curves[kind] = _snr_curves(part, labels, rng)
+            point, draws = curves["trained"]
+            random, _ = curves["random"]
+            effects.append(point[-1] - point[0])
+            # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
+            low, high = _interval(draws[:, -1] - draws[:, 0])
+            trend_low = _interval(rank_trend(draws))[0]
+            intervals.append((low if trend_low > 0 else min(low, 0.0), high))
+            beaten.append(point[-1] - point[0] > random[-1] - random[0] and rank_trend(point) > rank_trend(random))
+        rows.append(
+            verdict(
+                "C3",
+                data,
+                f"{statistic} of {tap}, last - first encoder; rank trend > 0",
+                effects,
+                intervals,
+                "same network, random weights",
+                all(beaten),
+            )
+        )
+    return rows
+
+
+def pruning(table: pd.DataFrame, data: str) -> list[dict]:
+    """C4: some dilution of at least 50 % costs at most 0.5 points of accuracy (mean over seeds; upper 95 % bound at most
+    1.0) and less than random and permuted masks of equal dilution. One row straight after pruning, one retrained."""
+    rows = []
+    for prefix, when in (("", "straight after pruning"), ("retrained_", "after a short retraining")):
+        loss, error = f"{prefix}loss", f"{prefix}loss_se"
+        part = table.dropna(subset=[loss])
+        candidates = []
+        for threshold, group in part.groupby("threshold"):
+            ours = group[group.method == "andc"]
+            controls = group[group.method.isin(["random", "permuted"])].groupby(["method", "seed"])[loss].mean()
+            if ours.dilution.mean() < 0.5:
+                continue
+            mean = ours[loss].mean()
+            bound = mean + 1.96 * math.sqrt((ours[error] ** 2).sum()) / len(ours)
+            wins = all(
+                (controls[method].reindex(ours.seed).to_numpy() > ours[loss].to_numpy()).all()
+                for method in ("random", "permuted")
+            )
+            met = mean <= 0.005 and bound <= 0.01 and wins
+            candidates.append(
+                (met, -mean, threshold, ours.dilution.mean(), mean, bound, controls.groupby("method").mean())
+            )
+        n = table.seed.nunique()
+        row = {"claim": "C4", "data": data, "statistic": f"accuracy lost by ANDC of the FF layers, {when}"}
+        if not candidates:
+            row |= {"effect": None, "uncertainty": None, "null": "equal dilution", "n": n}
+            rows.append({**row, "verdict": "not tested (no dilution of 50 % or more)"})
+            continue
+        met, _, _, dilution, mean, bound, controls = max(candidates, key=lambda row: row[:2])
+        null = ", ".join(f"{name} masks lose {value:.4f}" for name, value in controls.items())
+        row |= {"statistic": f"{row['statistic']} (dilution {dilution:.2f})"}
+        row |= {"effect": round(mean, 6), "uncertainty": round(bound - mean, 6), "null": f"equal dilution: {null}"}
+        rows.append({**row, "n": n, "verdict": _word(met, data, n)})
+    return rows
+
+
+def modus_vivendi(encoders: pd.DataFrame, data: str) -> list[dict]:
+    """C5: heads specialise more than chance and more than a random network's heads, and a head's ablation costs its own
+    labels more than the others. Two rows; both effects are means over encoders."""
+    trained, random = (encoders[encoders.network == kind] for kind in ("trained", "random"))
+    seeds = sorted(encoders.seed.unique())
+    rows = []
+
+    def per_seed(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> list[float]:
+        return [float(value(table[table.seed == seed]).mean()) for seed in seeds]
+
+    excess = per_seed(trained, lambda t: t.excess)
+    beaten = all(a > b for a, b in zip(excess, per_seed(random, lambda t: t.excess), strict=True))
+    intervals = list(
+        zip(
+            per_seed(trained, lambda t: t.specialisation - t.null_high),
+            per_seed(trained, lambda t: t.specialisation - t.null_low),
+            strict=True,
+        )
+    )
+    null = "nodes permuted among heads; same network, random weights"
+    rows.append(verdict("C5", data, "excess specialisation of heads (nats)", excess, intervals, null, beaten))
+    gaps = list(zip(per_seed(trained, lambda t: t.gap_low), per_seed(trained, lambda t: t.gap_high), strict=True))
+    rows.append(
+        verdict(
+            "C5",
+            data,
+            "accuracy drop on a silenced head's own labels - on other labels",
+            per_seed(trained, lambda t: t.gap),
+            gaps,
+            "other labels",
+            True,
+        )
+    )
+    return rows
+
+
+def rank_trend(values: np.ndarray) -> np.ndarray:
+    """Spearman correlation of values with their order along the last axis, in -1..1; 0 for constant values."""
+    ranks = rankdata(values, axis=-1)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    order = np.arange(ranks.shape[-1]) - (ranks.shape[-1] - 1) / 2
+    norm = np.sqrt((ranks**2).sum(axis=-1) * (order**2).sum())
+    return (ranks * order).sum(axis=-1) / np.where(norm > 0, norm, 1)
+
+
+def _snr(nodes: pd.DataFrame, labels: int) -> float:
+    ones = (nodes.internal + nodes.external).sum()
+    return (labels - 1) * nodes.labels.sum() / ones if ones else math.inf
+
+
+def _snr_draws(nodes: pd.DataFrame, labels: int, rng: np.random.Generator) -> np.ndarray:
+    """SNR of DRAWS bootstrap samples of the nodes."""
+    picks = rng.integers(len(nodes), size=(DRAWS, len(nodes)))
+    signal = nodes.labels.to_numpy()[picks].sum(axis=1)
+    ones = (nodes.internal + nodes.external).to_numpy()[picks].sum(axis=1)
+    return (labels - 1) * signal / np.maximum(ones, 1)
+
+
+def _snr_curves(nodes: pd.DataFrame, labels: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """SNR per encoder: (encoders,) and bootstrap samples (DRAWS, encoders)."""
+    groups = [group for _, group in nodes.groupby("encoder")]
+    draws = np.stack([_snr_draws(group, labels, rng) for group in groups], axis=1)
+    return np.array([_snr(group, labels) for group in groups]), draws
+
+
+def _accuracy_curves(correct: dict, seed: int, kind: str, tap: str, rng: np.random.Generator):
+    """Accuracy per encoder: (encoders,) and bootstrap samples over images (DRAWS, encoders)."""
+    names = sorted(
+        (k for k in correct if k[:2] == (seed, kind) and k[2].endswith(f".{tap}")), key=lambda k: _depth(k[2])
+    )
+    right = np.stack([correct[name].numpy() for name in names], axis=1).astype(np.float32)
+    draws = np.stack([right[rng.integers(len(right), size=len(right))].mean(axis=0) for _ in range(DRAWS)])
+    return right.mean(axis=0), draws
+
+
+def _depth(tap: str) -> int:
+    return int(tap.split(".")[0])
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs all tests and all notebooks, and installs what they need first.
+#
+#   ./run_tests.sh [pytest options]     for example -x, -k heads or -m "not slow"
+#
+# Runs and figures go to a temporary folder: the committed figures stay as they are.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+cd "$(pwd -P)"
+
+echo "Running the tests and the notebooks: about 10 minutes on 2 cores, plus the installation if it is the first time" >&2
+extras=notebooks,tests
+. ./environment.sh
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export PAPERLIB_RUNS=$folder/runs PAPERLIB_FIGURES=$folder/figures
+"$python" -m pytest --nbval-lax --nbval-current-env tests notebooks "$@"

@@ -1,0 +1,77 @@
+"""What several test files share."""
+
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from paperlib.models import cct
+
+# The same examples every time, and no time limit for one: machines differ, and the first call of an operation is slow.
+settings.register_profile("paperlib", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.load_profile("paperlib")
+
+os.environ["PAPERLIB_HEADLESS"] = "1"
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Run, figure and data folders that only this test uses."""
+    for kind in ("RUNS", "FIGURES", "DATA"):
+        monkeypatch.setenv(f"PAPERLIB_{kind}", str(tmp_path / kind.lower()))
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def write_cache():
+    """write_cache(path, labels, size, train=4, test=2): a data cache of random images."""
+
+    def write(path, labels, size, train=4, test=2):
+        rng = np.random.default_rng(0)
+        arrays = {"classes": np.array([f"label {i}" for i in range(labels)])}
+        for part, images in (("train", train), ("test", test)):
+            arrays[f"y_{part}"] = np.repeat(np.arange(labels, dtype=np.uint8), images)
+            arrays[f"x_{part}"] = rng.integers(0, 256, (labels * images, size, size, 3), dtype=np.uint8)
+        np.savez(path, **arrays)
+
+    return write
+
+
+@pytest.fixture
+def build():
+    """build(name, ...): a CCT in evaluation mode whose parameters all carry noise, so that heads attend to different
+    tokens and no bias, norm or position is neutral."""
+
+    def make(name="cct_2_3x2", num_classes=5, image_size=16, **options):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = cct(name, num_classes=num_classes, image_size=image_size, **options)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter += 0.1 * torch.randn(parameter.shape)
+        return network.eval()
+
+    return make
+
+
+@pytest.fixture
+def network(build):
+    """The smallest CCT: 2 encoders, 2 heads, 128 nodes, 16 tokens, 5 labels."""
+    return build()
+
+
+@pytest.fixture
+def refuses():
+    """refuses(pattern): the block must end in a ValueError whose one sentence matches."""
+
+    @contextmanager
+    def check(pattern):
+        with pytest.raises(ValueError, match=pattern) as caught:
+            yield
+        assert len(str(caught.value).splitlines()) == 1
+
+    return check

@@ -1,0 +1,76 @@
+"""Right for CUDA without a GPU: under fake tensors every operation checks devices and shapes, and computes nothing."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from paperlib import readouts, snp
+from paperlib.data import Images, augmented_batches, normalise
+from paperlib.models import cct
+from paperlib.taps import cct_taps, recording
+from paperlib.training import Recipe, train
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Fake tensors on a device that this machine need not have."""
+    # trunc_normal_ looks at its own values, which fake tensors do not have.
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", torch.nn.init.normal_)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        yield torch.device("cuda:0")
+
+
+def fake_network(device, **kwargs):
+    with device:
+        return cct("cct_2_3x2", num_classes=10, image_size=32, **kwargs)
+
+
+@pytest.mark.parametrize("positional_embedding", ["learnable", "sine", "none"])
+def test_forward_pass(cuda, positional_embedding):
+    network = fake_network(cuda, positional_embedding=positional_embedding, dropout=0.1)
+    logits = network(torch.empty(8, 3, 32, 32, device=cuda))
+    assert logits.device == cuda and logits.shape == (8, 10)
+
+
+def test_augmentation(cuda):
+    images = torch.empty(20, 3, 32, 32, dtype=torch.uint8, device=cuda)
+    labels = torch.empty(20, dtype=torch.long, device=cuda)
+    mean, std = torch.empty(3, 1, 1, device=cuda), torch.empty(3, 1, 1, device=cuda)
+    for batch, batch_labels in augmented_batches(images, labels, 8, 4, True, torch.Generator()):
+        assert batch.device == batch_labels.device == normalise(batch, mean, std).device == cuda
+
+
+def test_class_sums_and_fields(cuda):
+    network = fake_network(cuda)
+    taps = cct_taps(network, ["stem", "qkv", "attn", "mha", "ff_in", "ff1", "ff2", "block"])
+    labels = torch.empty(8, dtype=torch.long, device=cuda)
+    with recording(network, taps) as recorded, torch.no_grad():
+        network(torch.empty(8, 3, 32, 32, device=cuda))
+    for activation in recorded.values():
+        sums = torch.zeros(10, *activation.shape[1:], device=cuda)
+        sums.index_add_(0, labels, activation)
+        fields = snp.field_matrices(sums, sums)
+        centred, share = snp.split_offset(fields)
+        assert fields.device == centred.device == share.device == cuda
+        assert fields.shape == (activation.shape[2], 10, 10)
+    attention = recorded["1.attn"]
+    assert readouts.head_fields(attention, attention[:, :, :].new_empty(10, *attention.shape[1:]), 2).device == cuda
+
+
+def test_a_mixed_device_is_found(cuda):
+    """The tool itself: without this, the tests above could pass on anything."""
+    network = fake_network(cuda)
+    with pytest.raises(RuntimeError, match="device"):
+        network(torch.empty(8, 3, 32, 32, device="cpu"))
+
+
+def test_training_loop(cuda, monkeypatch):
+    """The loop's own tensors (mean, losses, random offsets) follow the data's device."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # autograd itself needs the real device
+    network = fake_network(cuda)
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
+    labels = torch.empty(8, dtype=torch.long, device=cuda)
+    data = Images("fake", images, labels, images, labels, tuple("abcdefghij"))
+    recipe = Recipe(1, 8, 1e-3, 0.0, 0.1, 0.1, 2, True, precision="fp32")
+    with pytest.raises(DynamicOutputShapeException):
+        train(network, data, recipe, seed=0)  # runs a whole epoch; only then does it look at the losses' values

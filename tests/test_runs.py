@@ -1,0 +1,133 @@
+"""Stages: done once, computed again for a stated reason, never torn, never over an older artefact."""
+
+import json
+
+import pytest
+import torch
+
+from paperlib import runs
+from paperlib.data import Images
+
+
+@pytest.fixture
+def run(folders):
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 1, 1])
+    data = Images("toy", images, labels, images, labels, ("a", "b"))
+    said = []
+    run = runs.Run("quick", runs.load_settings("quick"), data, folders / "run", folders / "figures", said.append)
+    run.figures.mkdir()
+    run.said = said  # what the log was told, for the tests below
+    return run
+
+
+@pytest.fixture(autouse=True)
+def allow_notes(monkeypatch):
+    monkeypatch.setattr(runs.Run, "__setattr__", object.__setattr__)
+
+
+def fresh(run):
+    """The same run in a new process: nothing remembered."""
+    run.finished.clear()
+    run.said.clear()
+    return run
+
+
+def writer(calls):
+    def make(folder):
+        calls.append(folder)
+        runs.save_table(folder / "table.csv", [{"value": len(calls)}])
+
+    return make
+
+
+def test_an_unchanged_stage_is_not_run_again(run):
+    calls = []
+    first = run.stage("s", 1, {"epochs": 2}, {"data": "x"}, writer(calls))
+    again = fresh(run).stage("s", 1, {"epochs": 2}, {"data": "x"}, writer(calls))
+    assert len(calls) == 1
+    assert (again.folder, again.sha256) == (first.folder, first.sha256)
+    assert run.said == ["s: unchanged, not computed again"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"config": {"epochs": 3}}, "epochs changed (2 -> 3)"),
+        ({"inputs": {"data": "y"}}, "input data changed"),
+        ({"version": 2}, "the stage's version changed (1 -> 2)"),
+    ],
+)
+def test_a_changed_stage_says_why_and_keeps_the_old_artefact(run, change, reason):
+    calls = []
+    arguments = {"version": 1, "config": {"epochs": 2}, "inputs": {"data": "x"}}
+    old = run.stage("s", **arguments, make=writer(calls))
+    new = fresh(run).stage("s", **{**arguments, **change}, make=writer(calls))
+    assert len(calls) == 2
+    assert run.said == [f"s: computed again, {reason}"]
+    assert old.folder != new.folder
+    assert old.table("table").value.item() == 1
+
+
+def test_files_changed_from_outside_are_noticed(run):
+    calls = []
+    artefact = run.stage("s", 1, {}, {}, writer(calls))
+    (artefact.folder / "table.csv").write_text("value\n9\n")
+    again = fresh(run).stage("s", 1, {}, {}, writer(calls))
+    assert len(calls) == 2
+    assert again.table("table").value.item() == 2
+    assert "changed from outside" in run.said[0]
+
+
+def test_an_interrupted_stage_is_not_taken_for_done(run):
+    def breaks(folder):
+        (folder / "checkpoint.pt").write_bytes(b"epoch 1")
+        runs.save_table(folder / "table.csv", [{"value": 0}])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", 1, {}, {}, breaks)
+    seen = []
+
+    def resumes(folder):
+        seen.extend(path.name for path in folder.glob("*.pt"))
+        runs.save_table(folder / "table.csv", [{"value": 1}])
+
+    artefact = fresh(run).stage("s", 1, {}, {}, resumes)
+    assert seen == ["checkpoint.pt"]
+    assert "goes on where it was interrupted" in run.said[0]
+    assert artefact.table("table").value.item() == 1
+    assert not list(artefact.folder.glob("*.pt"))
+
+
+def test_two_runs_on_one_stage_are_told_apart(run):
+    def meddles(folder):
+        with pytest.raises(RuntimeError, match="another run is working on"):
+            fresh(run).stage("s", 1, {}, {}, writer([]))
+
+    run.stage("s", 1, {}, {}, meddles)
+
+
+def test_summary_gathers_notebooks_and_forgets_other_settings(run):
+    verdict = {"claim": "C2", "effect": 1.0}
+    run.record("01", {"a": 1}, [])
+    run.record("02", {"b": 2}, [verdict])
+    run.record("02", {"b": 3}, [{**verdict, "effect": 2.0}])
+    summary = json.loads((run.figures / "summary.json").read_text())
+    assert summary["results"] == {"01": {"a": 1}, "02": {"b": 3}}
+    assert [row["effect"] for row in summary["verdicts"]] == [2.0]
+    wanted = "profile config seeds environment device seconds data revision results verdicts".split()
+    assert list(summary) == wanted
+    assert set(summary["data"]) == {"name", "sha256"}
+    other = runs.load_settings("quick", {"epochs": run.settings.epochs + 1})
+    runs.Run("quick", other, run.images, run.folder, run.figures).record("03", {}, [])
+    assert list(json.loads((run.figures / "summary.json").read_text())["results"]) == ["03"]
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    runs.write_text(path, "old")
+    monkeypatch.setattr(runs.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_text(path, "new")
+    assert path.read_text() == "old"

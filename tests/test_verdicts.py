@@ -1,0 +1,158 @@
+"""The rules of the verdicts, on tables whose answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from paperlib import verdicts
+
+L = 100
+
+
+def nodes_table(seeds, trained, random, spread=0.0):
+    """Nodes with 10 labels each; the SNR along the encoders is given by the noise that it implies."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(seeds):
+        for kind, snrs in (("trained", trained), ("random", random)):
+            for tap in ("attn", "block", "ff2"):
+                for encoder, snr in enumerate(snrs, start=1):
+                    ones = (L - 1) * 10 / snr * (1 + spread * rng.standard_normal(200))
+                    part = {"seed": seed, "network": kind, "encoder": encoder, "tap": tap, "node": range(200)}
+                    rows.append(pd.DataFrame({**part, "labels": 10, "clusters": 5, "internal": 0.0, "external": ones}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def taps_table(nodes, cluster_size=2.0):
+    table = nodes.groupby(["seed", "network", "encoder", "tap"], as_index=False).external.mean()
+    return table.assign(threshold=0.3, centred=False, pooled_cluster_size=cluster_size)
+
+
+def answers(seeds, trained, random):
+    """Right answers of 2,000 images for accuracies along the encoders."""
+    return {
+        (seed, kind, f"{encoder}.block"): torch.arange(2000) < 2000 * accuracy
+        for seed in range(seeds)
+        for kind, accuracies in (("trained", trained), ("random", random))
+        for encoder, accuracy in enumerate(accuracies, start=1)
+    }
+
+
+RISING, FLAT = [2.0, 2.5, 3.0, 4.0], [1.3, 1.3, 1.3, 1.3]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "data", "word"),
+    [
+        (3, "cifar100", "supported"),
+        (2, "cifar100", "not tested (n = 2; rule met so far)"),
+        (3, "glyphs100", "demonstration (rule met, n = 3)"),
+    ],
+)
+def test_who_may_say_supported(seeds, data, word):
+    nodes = nodes_table(seeds, RISING, FLAT, spread=0.1)
+    (row,) = verdicts.clusters(taps_table(nodes), nodes, data, L, 0.3)
+    assert row["verdict"] == word
+    assert row["n"] == seeds
+    assert row["effect"] == pytest.approx(0.7, abs=0.1)
+
+
+def test_clusters_must_be_small():
+    nodes = nodes_table(3, RISING, FLAT)
+    (row,) = verdicts.clusters(taps_table(nodes, cluster_size=11.0), nodes, "cifar100", L, 0.3)
+    assert row["verdict"] == "not supported"
+
+
+def test_clusters_need_every_encoder_above_the_null():
+    nodes = nodes_table(3, [2.0, 1.2, 3.0, 4.0], FLAT)
+    (row,) = verdicts.clusters(taps_table(nodes), nodes, "cifar100", L, 0.3)
+    assert row["verdict"] == "not supported"
+    assert row["effect"] < 0
+
+
+@pytest.mark.parametrize(
+    ("curve", "word"),
+    [
+        (RISING, "supported"),
+        (RISING[::-1], "not supported"),
+        ([2.0, 3.0, 4.0, 1.9], "not supported"),  # rises, but ends below its start
+        (FLAT, "not supported"),
+    ],
+)
+def test_sharpening_needs_trend_and_growth(curve, word):
+    nodes = nodes_table(3, curve, FLAT, spread=0.1)
+    correct = answers(3, [c / 10 for c in curve], [0.1] * 4)
+    rows = verdicts.sharpening(taps_table(nodes), nodes, correct, "cifar100", L, 0.3)
+    assert [row["statistic"].split(",")[0] for row in rows] == [
+        "accuracy of block",
+        "SNR of attn",
+        "SNR of block",
+        "SNR of ff2",
+    ]
+    assert {row["verdict"] for row in rows} == {word}
+
+
+def test_sharpening_must_exceed_the_random_networks():
+    nodes = nodes_table(3, RISING, [1.0, 2.0, 3.0, 5.0], spread=0.1)
+    rows = verdicts.sharpening(taps_table(nodes), nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, 0.3)
+    assert {row["verdict"] for row in rows[1:]} == {"not supported"}
+    assert rows[0]["verdict"] == "supported"
+
+
+def pruning_table(seeds, loss, control_loss, dilution=0.6, error=0.001):
+    rows = [
+        {"seed": seed, "method": method, "threshold": 0.3, "draw": draw, "dilution": dilution, "loss_se": error}
+        | {"loss": loss if method == "andc" else control_loss, "retrained_loss": np.nan, "retrained_loss_se": np.nan}
+        for seed in range(seeds)
+        for method, draws in (("andc", 1), ("random", 2), ("permuted", 2), ("magnitude", 1))
+        for draw in range(draws)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"loss": 0.004, "control_loss": 0.05}, "supported"),
+        ({"loss": 0.006, "control_loss": 0.05}, "not supported"),  # more than half a point
+        ({"loss": 0.004, "control_loss": 0.003}, "not supported"),  # controls lose less
+        ({"loss": 0.004, "control_loss": 0.05, "error": 0.01}, "not supported"),  # too uncertain
+        ({"loss": -0.01, "control_loss": 0.05}, "supported"),  # a gain needs no sign agreement
+        ({"loss": 0.0, "control_loss": 0.05, "dilution": 0.4}, "not tested (no dilution of 50 % or more)"),
+    ],
+)
+def test_pruning_rule(arguments, word):
+    straight, retrained = verdicts.pruning(pruning_table(3, **arguments), "cifar100")
+    assert straight["verdict"] == word
+    assert retrained["verdict"].startswith("not tested")
+
+
+def heads_table(excess, random_excess, gap_low):
+    rows = []
+    for seed in range(3):
+        for kind, value in (("trained", excess), ("random", random_excess)):
+            for encoder in (1, 2):
+                row = {"seed": seed, "network": kind, "encoder": encoder, "specialisation": value + 0.2}
+                row |= {"null_low": 0.15, "null_high": 0.25, "excess": value}
+                row |= {"gap": gap_low + 0.01, "gap_low": gap_low, "gap_high": gap_low + 0.02}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0.3, 0.0, 0.01), ["supported", "supported"]),
+        ((0.3, 0.4, 0.01), ["not supported", "supported"]),
+        ((0.04, 0.0, -0.001), ["not supported", "not supported"]),
+    ],
+)
+def test_modus_vivendi_rule(arguments, words):
+    assert [row["verdict"] for row in verdicts.modus_vivendi(heads_table(*arguments), "cifar100")] == words
+
+
+def test_rank_trend():
+    assert verdicts.rank_trend(np.array([1.0, 2.0, 5.0])) == pytest.approx(1)
+    assert verdicts.rank_trend(np.array([5.0, 2.0, 1.0])) == pytest.approx(-1)
+    assert verdicts.rank_trend(np.ones(3)) == 0
