@@ -127,7 +127,7 @@ def _split(faces: tuple[str, ...], size: int, per_label: int, seed: int) -> tupl
 
 
 def draw(
-    image_size: int = 32, train_per_label: int = 60, test_per_label: int = 20, seed: int = 0
+    image_size: int = 32, train_per_label: int = 40, test_per_label: int = 10, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Draw the glyphs100 data set.
 

@@ -5,6 +5,7 @@ seed x network x encoder x tap x variant. Raise a stage's version when the meani
 """
 
 import copy
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -276,10 +277,11 @@ def _pruning(run: Run, seed: int) -> Artefact:
                 pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
                 row = {"seed": seed, "method": method, "threshold": threshold, "draw": draw}
                 row |= {"dilution": andc.dilution(masks), **_loss("", intact, _right_answers(pruned, images))}
+                retrained = None
                 if threshold in s.retrain_thresholds and draw == 0:
                     training.train(pruned, images, short, seed, log=lambda line: None)
-                    row |= _loss("retrained_", intact, _right_answers(pruned, images))
-                rows.append(row)
+                    retrained = _right_answers(pruned, images)
+                rows.append(row | _loss("retrained_", intact, retrained))
             run.log(f"pruning at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
@@ -310,7 +312,10 @@ def _right_answers(network: nn.Module, images: Images) -> Tensor:
     return training.predict(network, images.x_test, mean, std).argmax(dim=1) == images.y_test
 
 
-def _loss(prefix: str, intact: Tensor, pruned: Tensor) -> dict[str, float]:
+def _loss(prefix: str, intact: Tensor, pruned: Tensor | None) -> dict[str, float]:
+    """Accuracy, its loss and the loss's standard error over images; nan for a network that was not made."""
+    if pruned is None:
+        pruned = torch.full(intact.shape, math.nan)
     drop = intact.float() - pruned.float()
     return {
         f"{prefix}accuracy": pruned.float().mean().item(),

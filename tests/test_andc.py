@@ -77,7 +77,9 @@ def test_ff_masks_have_the_weights_shapes():
 
 def test_ff_masks_connect_the_right_nodes(network):
     """In encoder 2, ff_in 3, ff1 10 and ff2 7 know label 4; ff1 20 and ff2 9 know label 1; nobody else knows any."""
-    diagonal = {f"{i}.{kind}": torch.zeros(128, 5, dtype=torch.bool) for i in (1, 2) for kind in ("ff_in", "ff1", "ff2")}
+    diagonal = {
+        f"{i}.{kind}": torch.zeros(128, 5, dtype=torch.bool) for i in (1, 2) for kind in ("ff_in", "ff1", "ff2")
+    }
     diagonal["2.ff_in"][3, 4] = diagonal["2.ff1"][10, 4] = diagonal["2.ff2"][7, 4] = True
     diagonal["2.ff1"][20, 1] = diagonal["2.ff2"][9, 1] = True
     kept = {name: mask.nonzero().tolist() for name, mask in andc.ff_masks(diagonal, network).items()}

@@ -28,9 +28,8 @@ def divergence(counts):
     return sum(values) / len(values) if values else 0.0
 
 
-tables = hnp.arrays(
-    int, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.integers(0, 9) | st.just(0)
-).map(torch.from_numpy)
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 6))
+tables = hnp.arrays(int, shapes, elements=st.integers(0, 9) | st.just(0)).map(torch.from_numpy)
 
 
 # --- matrices and counts

@@ -157,7 +157,9 @@ def test_positions_fit_the_tokens(name, image_size):
 # --- what cannot be built
 
 
-@pytest.mark.parametrize("name", ["cct", "cct_3_3x2", "cct_7_3", "cct_7_0x2", "cct_7_3x0", "vit_7_3x2", "cct_7_3x2_sine"])
+@pytest.mark.parametrize(
+    "name", ["cct", "cct_3_3x2", "cct_7_3", "cct_7_0x2", "cct_7_3x0", "vit_7_3x2", "cct_7_3x2_sine"]
+)
 def test_unknown_models_are_refused(name, refuses):
     with refuses("unknown model"):
         cct(name, num_classes=5)

@@ -222,7 +222,7 @@ def test_schedule_rises_to_1_and_falls(steps, warmup):
     factors = [training.schedule(step, steps, warmup) for step in range(steps)]
     assert max(factors) == pytest.approx(1) and min(factors) > 0
     peak = factors.index(max(factors))
-    assert abs(peak + 1 - warmup * steps) <= 0.5 + 1e-9 or peak == 0 and warmup * steps < 1
+    assert abs(peak + 1 - warmup * steps) <= 0.5 + 1e-9 or (peak == 0 and warmup * steps < 1)
     assert all(a < b for a, b in itertools.pairwise(factors[: peak + 1]))
     assert all(a > b for a, b in itertools.pairwise(factors[peak:]))
     if warmup <= 0.5:

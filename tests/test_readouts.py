@@ -1,0 +1,320 @@
+"""Taps record what the equations of the block say; readouts are the optimum they claim to be."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paperlib import readouts, snp, taps
+from paperlib.data import normalise
+
+KINDS = ["stem", *taps.CCT_TAPS]
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+RECIPE = readouts.ReadoutRecipe(epochs=2, batch_size=16, lr=0.01, l2=0.01, shift=1, flip=True)
+PIXELS = taps.Tap(1, "pixels", "0")  # of the toy networks below: the first module's output
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n, size=16, seed=0):
+    return torch.randint(0, 256, (n, 3, size, size), generator=seeded(seed), dtype=torch.uint8)
+
+
+def record(network, kinds, images):
+    with taps.recording(network, taps.cct_taps(network, kinds)) as recorded, torch.no_grad():
+        network(images)
+    return dict(recorded)
+
+
+def hooks_of(network):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules())
+
+
+def state_of(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def train(network, which, images, labels, num_labels, recipe=RECIPE, seed=0):
+    lines = []
+    return readouts.train_readouts(
+        network, which, images, labels, num_labels, MEAN, STD, recipe, seed, log=lines.append
+    )
+
+
+# --- taps
+
+
+def test_taps_have_their_names_heads_and_shapes(build):
+    network = build("cct_7_3x2")  # 256 stream nodes, 512 FF nodes, 16 tokens
+    found = taps.cct_taps(network, KINDS)
+    assert [tap.name for tap in found] == ["0.stem"] + [f"{i}.{kind}" for i in range(1, 8) for kind in KINDS[1:]]
+    assert {tap.kind: tap.heads for tap in found if tap.heads} == {"attn": 4}
+    recorded = record(network, KINDS, torch.randn(2, 3, 16, 16, generator=seeded()))
+    nodes = dict.fromkeys(KINDS, 256) | {"qkv": 768, "ff1": 512}
+    assert {name: value.shape for name, value in recorded.items()} == {
+        tap.name: (2, 16, nodes[tap.kind]) for tap in found
+    }
+
+
+def test_taps_equal_the_equations_of_the_block(network):
+    """From one tap to the next by hand, with nothing but the sub-modules' parameters."""
+    images = torch.randn(2, 3, 16, 16, generator=seeded())
+    recorded = record(network, KINDS, images)
+    close = torch.testing.assert_close
+
+    def layer_norm(x, norm):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+    def linear(x, layer):
+        return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+    with torch.no_grad():
+        x = network.tokenizer(images) + network.classifier.positional_emb
+        close(recorded["0.stem"], x)
+        for encoder, block in enumerate(network.classifier.blocks, start=1):
+            tap = {kind: recorded[f"{encoder}.{kind}"] for kind in KINDS[1:]}
+            qkv = linear(layer_norm(x, block.pre_norm), block.self_attn.qkv)
+            close(tap["qkv"], qkv, atol=1e-4, rtol=1e-4)
+            heads = []
+            for head in range(2):  # output o belongs to part o // 128 (Q, K, V) and head (o % 128) // 64
+                q, k, v = (qkv[..., 128 * part + 64 * head :][..., :64] for part in range(3))
+                scores = torch.stack([query @ key.T for query, key in zip(q, k, strict=True)]) / math.sqrt(64)
+                heads.append(torch.stack([s.exp() / s.exp().sum(1, keepdim=True) for s in scores]) @ v)
+            attn = torch.cat(heads, dim=2)
+            close(tap["attn"], attn, atol=1e-4, rtol=1e-4)
+            mha = linear(attn, block.self_attn.proj)
+            close(tap["mha"], mha, atol=1e-4, rtol=1e-4)
+            x = layer_norm(x + mha, block.norm1)
+            close(tap["ff_in"], x, atol=1e-4, rtol=1e-4)
+            hidden = linear(x, block.linear1)
+            ff1 = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+            close(tap["ff1"], ff1, atol=1e-4, rtol=1e-4)
+            ff2 = linear(ff1, block.linear2)
+            close(tap["ff2"], ff2, atol=1e-4, rtol=1e-4)
+            x = x + ff2
+            close(tap["block"], x, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_taps_are_refused(network, refuses):
+    with refuses("unknown tap 'ff3'"):
+        taps.cct_taps(network, ["block", "ff3"])
+
+
+def test_nothing_is_recorded_after_the_block(network):
+    images = torch.randn(1, 3, 16, 16, generator=seeded())
+    with taps.recording(network, taps.cct_taps(network, KINDS)) as recorded:
+        assert hooks_of(network) == 15
+        network(images)
+        assert len(recorded) == 15
+        recorded.clear()
+    network(images)
+    assert not recorded and hooks_of(network) == 0
+
+
+def test_no_hook_survives_an_exception(network):
+    found = taps.cct_taps(network, KINDS)
+    with pytest.raises(RuntimeError), taps.recording(network, found):
+        network(torch.zeros(1, 3, 99, 16))  # other tokens than positions
+    assert hooks_of(network) == 0
+    with pytest.raises(AttributeError), taps.recording(network, [*found, taps.Tap(3, "none", "classifier.nothing")]):
+        pass
+    assert hooks_of(network) == 0
+
+
+def test_maps_and_vectors_become_nodes():
+    maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    nodes = taps.as_nodes(maps)
+    assert nodes.shape == (2, 20, 3)
+    for filter_, row, column in [(0, 0, 0), (2, 1, 3), (1, 3, 4)]:
+        assert torch.equal(nodes[:, 5 * row + column, filter_], maps[:, filter_, row, column])
+    assert torch.equal(taps.as_nodes(maps[:, :, 0, 0]), maps[:, :, 0, 0].view(2, 1, 3))
+    assert torch.equal(taps.as_nodes(maps[:, 0]), maps[:, 0])
+
+
+def test_activations_come_in_order_and_without_dropout(build):
+    network = build(dropout=0.5)
+    images, found = pictures(7), taps.cct_taps(network, ["attn", "block"])
+    batches = list(taps.activations(network.train(), found, images, MEAN, STD, batch_size=3))
+    assert [len(batch["1.attn"]) for batch in batches] == [3, 3, 1]
+    expected = record(network.eval(), ["attn", "block"], (images.float() / 255 - MEAN) / STD)
+    for name, value in expected.items():
+        joined = torch.cat([batch[name] for batch in batches])
+        torch.testing.assert_close(joined, value, atol=1e-4, rtol=1e-4)
+        assert joined.dtype == torch.float32 and not joined.requires_grad
+
+
+# --- fields of heads
+
+
+def test_head_fields_are_the_readout_split_among_heads():
+    activations = torch.randn(6, 5, 8, generator=seeded(), dtype=torch.float64)
+    weight = torch.randn(3, 5, 8, generator=seeded(1), dtype=torch.float64)
+    fields = readouts.head_fields(activations, weight, 4)
+    assert fields.shape == (6, 4, 3)
+    torch.testing.assert_close(fields.sum(dim=1), activations.flatten(1) @ weight.flatten(1).T)
+    for head in range(4):
+        silenced = torch.zeros_like(weight)
+        silenced[:, :, [2 * head, 2 * head + 1]] = weight[:, :, [2 * head, 2 * head + 1]]
+        torch.testing.assert_close(fields[:, head], activations.flatten(1) @ silenced.flatten(1).T)
+
+
+# --- measuring
+
+
+def test_measuring_equals_all_images_at_once(network):
+    """300 images of 5 unbalanced labels, in two batches."""
+    images = pictures(300)
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])[torch.randint(0, 8, (300,), generator=seeded())]
+    found = taps.cct_taps(network, ["attn", "block"])
+    recorded = record(network, ["attn", "block"], normalise(images, MEAN, STD))
+    weights = {name: torch.randn(5, *value.shape[1:], generator=seeded()) for name, value in recorded.items()}
+    measured = readouts.measure(network.train(), found, weights, images, labels, MEAN, STD)
+    assert measured.class_means.keys() == measured.correct.keys() == weights.keys()
+    assert measured.head_correct.keys() == {"1.attn", "2.attn"}
+    for name, value in recorded.items():
+        expected = snp.class_means(value, labels, 5)
+        torch.testing.assert_close(measured.class_means[name], expected, atol=1e-4, rtol=1e-4)
+        fields = torch.einsum("ntd,ltd->nl", value, weights[name])
+        assert (measured.correct[name] == (fields.argmax(dim=1) == labels)).double().mean() > 0.99  # rounding
+        assert 0 < measured.correct[name].sum() < 300
+    for name, correct in measured.head_correct.items():
+        assert correct.shape == (300, 2)
+        for head, nodes in enumerate((slice(0, 64), slice(64, 128))):
+            fields = torch.einsum("ntd,ltd->nl", recorded[name][..., nodes], weights[name][..., nodes])
+            assert (correct[:, head] == (fields.argmax(dim=1) == labels)).double().mean() > 0.99
+
+
+def test_measuring_needs_every_label(network, refuses):
+    found = taps.cct_taps(network, ["block"])
+    weights = {tap.name: torch.zeros(3, 16, 128) for tap in found}
+    with refuses("label 1 "):
+        readouts.measure(network, found, weights, pictures(4), torch.tensor([0, 2, 2, 0]), MEAN, STD)
+
+
+# --- training
+
+
+def colours(n, size=4):
+    """Three labels that a linear readout tells apart: the brightest channel."""
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 120, (n, 3, size, size), generator=seeded(), dtype=torch.uint8)
+    images[torch.arange(n), labels] += 120
+    return images, labels
+
+
+def test_readouts_learn_colours():
+    network = nn.Sequential(nn.Identity())
+    images, labels = colours(60)
+    weights = train(network, [PIXELS], images, labels, 3, replace(RECIPE, epochs=20))
+    assert weights["1.pixels"].shape == (3, 16, 3) and not weights["1.pixels"].requires_grad
+    fresh, fresh_labels = colours(90)
+    measured = readouts.measure(network, [PIXELS], weights, fresh, fresh_labels, MEAN, STD)
+    assert measured.correct["1.pixels"].all()
+
+
+def test_readouts_leave_the_network_alone():
+    """A network in training mode, with running statistics and dropout, and gradients from before."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    network(torch.randn(4, 3, 4, 4)).sum().backward()
+    before, gradient = state_of(network), network[0].weight.grad.clone()
+    images, labels = colours(40)
+    train(network, [PIXELS, taps.Tap(2, "norm", "1")], images, labels, 3)
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(network[0].weight.grad, gradient)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert hooks_of(network) == 0
+
+
+def optimum(features, labels, num_labels, l2):
+    """Minimum of mean cross-entropy + l2/2 |W|^2 in double precision, and the objective itself."""
+
+    def objective(weight):
+        return F.cross_entropy(features @ weight.flatten(1).T, labels) + l2 / 2 * weight.square().sum()
+
+    weight = torch.zeros(num_labels, features.shape[1], dtype=torch.float64, requires_grad=True)
+    lbfgs = torch.optim.LBFGS(
+        [weight], max_iter=2000, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = objective(weight)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    assert weight.grad.abs().max() < 1e-7
+    return weight.detach(), objective
+
+
+@pytest.mark.parametrize("l2", [0.3, 0.01])
+@pytest.mark.parametrize(
+    "batch_size, epochs, excess, distance", [(48, 600, 1e-5, 0.01), (16, 300, 1e-4, 0.02)], ids=["whole", "batches"]
+)
+def test_readouts_reach_the_optimum(l2, batch_size, epochs, excess, distance):
+    """48 features of 48 images with noisy labels, at two scales 1000 apart.
+
+    Tolerances: `excess` over the minimum of the objective (0.57 or 0.17, about 1.3 at the start) and relative
+    `distance` of the weights; batches of 16 add noise, which the falling learning rate averages out.
+    """
+    images, labels = colours(48)
+    labels = torch.where(torch.rand(48, generator=seeded(1)) < 0.3, labels.roll(1), labels)
+    network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1, bias=False))
+    network[1].weight.data = 1000 * torch.eye(3).view(3, 3, 1, 1)
+    which = [PIXELS, taps.Tap(2, "scaled", "1")]
+    recipe = readouts.ReadoutRecipe(epochs, batch_size, lr=0.03, l2=l2, shift=0, flip=False)
+    weights = train(network, which, images, labels, 3, recipe)
+
+    pixels = (images.double() / 255 - MEAN) / STD
+    nodes = pixels.flatten(2).transpose(1, 2).flatten(1)  # position by position, as the readout sees them
+    scale = nodes.square().mean().sqrt()
+    best, objective = optimum(nodes / scale, labels, 3, l2)
+    minimum = objective(best).item()
+    for name, factor in (("1.pixels", 1), ("2.scaled", 1000)):
+        found = weights[name].double().flatten(1) * scale * factor  # of the activations divided by their RMS
+        assert -1e-9 < objective(found).item() - minimum < excess
+        assert (found - best).norm() / best.norm() < distance
+
+
+def test_a_silent_tap_gives_finite_weights():
+    network = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
+    nn.init.zeros_(network[0].weight)
+    images, labels = colours(20)
+    assert train(network, [PIXELS], images, labels, 3)["1.pixels"].isfinite().all()
+
+
+def test_readouts_follow_their_seed_only(network):
+    found, images, labels = taps.cct_taps(network, ["attn", "block"]), pictures(20), torch.arange(20) % 5
+    before = torch.get_rng_state()
+    first, again, other = (train(network, found, images, labels, 5, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.keys() == {"1.attn", "1.block", "2.attn", "2.block"}
+    for name, weight in first.items():
+        assert weight.shape == (5, 16, 128)
+        assert torch.equal(again[name], weight) and not torch.equal(other[name], weight)
+
+
+def test_a_readout_does_not_depend_on_the_others(network):
+    images, labels = pictures(20), torch.arange(20) % 5
+    together = train(network, taps.cct_taps(network, ["attn", "block"]), images, labels, 5)
+    alone = train(network, taps.cct_taps(network, ["block"]), images, labels, 5)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("max_steps, steps", [(0, 3), (1, 1), (2, 2), (50, 3)])
+def test_max_steps_shortens_an_epoch(max_steps, steps):
+    images, labels = colours(40)
+    sizes = []
+    network = nn.Sequential(nn.Identity())
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    train(network, [PIXELS], images, labels, 3, replace(RECIPE, max_steps=max_steps))
+    assert sizes[-2 * steps :] == [16, 16, 8][:steps] * 2
+    assert sum(sizes[: -2 * steps]) <= 41  # before: one pass for the scale, one image for the shapes
