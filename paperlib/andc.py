@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 
 def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:
-    """Diagonal labels (J, L) of the nodes a layer leads to, (K, L) of those it comes from -> (J, K) bool: True stays."""
+    """Diagonal labels (J, L) of the nodes a layer leads to, (K, L) of those it comes from -> (J, K) bool, kept."""
     return labels_out.float() @ labels_in.float().T > 0
 
 

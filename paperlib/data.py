@@ -6,6 +6,7 @@ torchvision is imported where it is needed: the import takes seconds, and a cach
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,16 +163,22 @@ def _images(name: str, x_train, y_train, x_test, y_test, classes) -> Images:
     tensors = []
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         x, y = np.asarray(x), np.asarray(y)
-        if x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8 or len(x) != len(y):
+        side = np.shape(x_train)[1:2]
+        if (
+            x.dtype != np.uint8
+            or x.shape != (len(x), *side, *side, 3)
+            or y.dtype.kind not in "iu"
+            or y.shape != x.shape[:1]
+        ):
             raise ValueError(
-                f"{name}: x_{part} must be (n, S, S, 3) uint8 with one label an image, "
-                f"not {x.shape} {x.dtype} with {len(y)} labels"
+                f"{name}: x_{part} must be (n, S, S, 3) uint8, S the same everywhere, and y_{part} one whole number an "
+                f"image, not {x.shape} {x.dtype} and {y.shape} {y.dtype}"
             )
-        missing = set(range(len(classes))) - set(np.unique(y).tolist())
-        if missing or y.max() >= len(classes):
+        present, wanted = set(np.unique(y).tolist()), set(range(len(classes)))
+        if present != wanted:
             raise ValueError(
-                f"{name}: every one of the {len(classes)} labels needs {part} images numbered 0..{len(classes) - 1}; "
-                f"missing: {[classes[i] for i in sorted(missing)[:5]] or 'none'}, largest label {y.max()}"
+                f"{name}: the {part} images need every label from 0 to {len(classes) - 1} and no other; "
+                f"missing: {sorted(wanted - present)[:5] or 'none'}, unknown: {sorted(present - wanted)[:5] or 'none'}"
             )
         tensors += [torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64))]
     return Images(name, *tensors, classes)
@@ -287,7 +294,7 @@ def _cached(name: str, cache: Path, make) -> Images:
     try:
         with np.load(cache, allow_pickle=False) as file:
             arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, OSError) as error:
         raise ValueError(f"{cache} is not a usable data cache ({error}): delete it, and it is made anew") from error
     return _images(name, *arrays)
 

@@ -1,5 +1,6 @@
 """Tables -> pictures: one function a figure, one style for all."""
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,18 +12,9 @@ from torch import Tensor
 from paperlib.data import EMBEDDED, Images
 
 # Okabe-Ito colours, distinguishable for colour-blind readers.
-TAP_COLOURS = {
-    "block": "#0072B2",
-    "attn": "#D55E00",
-    "ff2": "#009E73",
-    "ff1": "#CC79A7",
-    "ff_in": "#56B4E9",
-    "mha": "#E69F00",
-    "qkv": "#999999",
-    "stem": "#000000",
-}
-METHOD_COLOURS = {"andc": "#0072B2", "permuted": "#E69F00", "random": "#999999", "magnitude": "#009E73"}
-HEAD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
+TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
+METHOD_COLOURS = {"andc": COLOURS[0], "permuted": COLOURS[5], "random": COLOURS[6], "magnitude": COLOURS[2]}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -153,7 +145,7 @@ def node_matrix(
 
 
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy against dilution for ANDC and its controls; open symbols after the short retraining (`stages.pruning`)."""
+    """Accuracy against dilution, ANDC and its controls; open symbols after the short retraining (`stages.pruning`)."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4.8, 3.2))
         intact = (table.accuracy + table.loss).mean()
@@ -185,10 +177,10 @@ def head_map(labels: pd.DataFrame, classes: tuple[str, ...], data: str, encoder:
         ticks = axis.set_xticks(range(len(order)), [_plain(classes[label]) for label in order], rotation=90, fontsize=6)
         for tick, label in zip(ticks, order, strict=True):
             if label in owned.index:
-                tick.label1.set_color(HEAD_COLOURS[int(owned.loc[label, "head"]) % len(HEAD_COLOURS)])
+                tick.label1.set_color(COLOURS[int(owned.loc[label, "head"]) % len(COLOURS)])
         axis.set_yticks(range(len(counts)), [f"head {head}" for head in counts.index])
         for tick, head in zip(axis.get_yticklabels(), counts.index, strict=True):
-            tick.set_color(HEAD_COLOURS[int(head) % len(HEAD_COLOURS)])
+            tick.set_color(COLOURS[int(head) % len(COLOURS)])
         return _stamped(figure, f"{data}, encoder {encoder}, seed {seed}: nodes that recognise a label", data)
 
 
@@ -234,7 +226,7 @@ def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colou
 
 def _owner_key(owned: pd.DataFrame, label: int) -> tuple:
     if label not in owned.index:
-        return (len(HEAD_COLOURS) + 1000, 0, label)
+        return (math.inf, 0, label)
     return (int(owned.loc[label, "head"]), -int(owned.loc[label, "count"]), label)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from paperlib.data import augmented_batches, normalise
 from paperlib.snp import class_sums, means_of
 from paperlib.taps import Tap, activations, recording
-from paperlib.training import generator, progress, schedule
+from paperlib.training import autocast, generator, progress, schedule
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ReadoutRecipe:
     l2: float
     shift: int
     flip: bool
+    precision: str = "fp32"
     max_steps: int = 0
 
 
@@ -63,9 +64,10 @@ def train_readouts(
             )
             steps = zip(range(steps_per_epoch), stream, strict=False)
             for step, (batch, batch_labels) in progress(steps, steps_per_epoch, f"readouts, epoch {epoch + 1}"):
-                network(normalise(batch, mean, std))
+                with autocast(recipe.precision, images.device):  # the frozen network only; the readouts are fp32
+                    network(normalise(batch, mean, std))
                 for index, tap in enumerate(taps):
-                    features = recorded[tap.name].flatten(1) / scales[tap.name]
+                    features = recorded[tap.name].flatten(1).float() / scales[tap.name]
                     with torch.enable_grad():
                         loss = F.cross_entropy(F.linear(features, weights[tap.name]), batch_labels)
                         loss.backward()
@@ -126,7 +128,7 @@ def measure(
 
 
 def head_fields(activations: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """Output fields of each head alone (every other head's readout weights silenced): (n, T, D), (L, T, D) -> (n, H, L).
+    """Output fields of each head alone (every other head's weights silenced): (n, T, D), (L, T, D) -> (n, H, L).
 
     Their sum over heads is the readout's field of the whole tap.
     """

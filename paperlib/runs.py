@@ -56,7 +56,7 @@ class Settings(BaseModel):
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
     shift: int = Field(ge=0, description="augmentation: largest random shift in pixels")
     flip: bool = Field(description="augmentation: mirror half of the images")
-    precision: Literal["auto", "fp32", "bf16"] = Field(description="of training steps; auto: bf16 where it is fast")
+    precision: Literal["auto", "fp32", "bf16"] = Field(description="of the network in training steps; auto: bf16 where it is fast")
     max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
     held_out: Share = Field(description="share of the training images that readouts never see (they decide masks)")
     taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")
@@ -86,7 +86,7 @@ def root() -> Path:
 
 
 def folder_of(kind: str) -> Path:
-    """Where `runs`, `figures` or `data` live: $PAPERLIB_RUNS, ... (relative to the project), else inside the project."""
+    """Where `runs`, `figures` or `data` live: $PAPERLIB_RUNS, ... (relative to the project), else inside it."""
     return (root() / os.environ.get(f"PAPERLIB_{kind.upper()}", kind)).resolve()
 
 
@@ -114,9 +114,8 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
     if not {"attn", "block"} <= set(settings.taps):
         raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
     data.check_name(settings.data)
-    with torch.device("meta"):  # shapes only: finds a wrong model, number of heads or tap without any work
-        network = models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None)
-    taps.cct_taps(network, settings.taps)
+    with training.seeded(0):  # finds a wrong model, number of heads or tap
+        taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), settings.taps)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def class_means(activations: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """Mean activation of each label's images: (n, T, D), (n,) -> (L, T, D). Raises ValueError for a label without any."""
+    """Mean activation of each label's images: (n, T, D), (n,) -> (L, T, D). ValueError if a label has none."""
     sums = activations.new_zeros(num_labels, *activations.shape[1:])
     counts = class_sums(sums, activations, labels)
     return means_of(sums, counts)
@@ -65,7 +65,7 @@ def boolean_matrices(fields: Tensor, threshold: float = 0.3) -> Tensor:
     if not 0 < threshold < 1:
         raise ValueError(f"threshold {threshold} must lie between 0 and 1")
     maximum = fields.amax(dim=(1, 2), keepdim=True)
-    if not maximum.isfinite().all():
+    if not fields.isfinite().all():
         raise ValueError("a node's fields are not finite: the network or its readout has diverged")
     return (fields / maximum.where(maximum > 0, torch.inf)) > threshold
 
@@ -142,7 +142,7 @@ class TapStatistics:
 
 
 def tap_statistics(booleans: Tensor) -> TapStatistics:
-    """(D, L, L) bool -> statistics of the tap (choice: S and N are built from the quantities that the group reports)."""
+    """(D, L, L) bool -> statistics of the tap (choice: S and N are built from quantities that the group reports)."""
     return summarise(node_statistics(booleans), booleans.shape[1])
 
 

@@ -20,31 +20,20 @@ from paperlib.runs import Artefact, Run, save_table, save_tensors
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
 FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
+# Settings that decide an artefact, and so are part of its key
 ARCHITECTURE = (
-    "data",
-    "image_size",
-    "limit",
-    "model",
-    "heads",
-    "positional_embedding",
-    "attention_dropout",
-    "stochastic_depth",
-)
+    "data", "image_size", "limit", "model", "heads", "positional_embedding", "attention_dropout", "stochastic_depth",
+)  # fmt: skip
+TRAINING = tuple(training.Recipe.__dataclass_fields__)
 READOUT = (
-    "held_out",
-    "taps",
-    "shift",
-    "flip",
-    "max_steps",
-    "readout_epochs",
-    "readout_batch_size",
-    "readout_lr",
+    "held_out", "taps", "shift", "flip", "precision", "max_steps", "readout_epochs", "readout_batch_size", "readout_lr",
     "readout_l2",
-)
+)  # fmt: skip
+PRUNING = ("prune_thresholds", "prune_draws", "retrain_thresholds", "retrain_epochs", "retrain_lr")
 
 
 def recipe(run: Run) -> training.Recipe:
-    return training.Recipe(**run.config(*training.Recipe.__dataclass_fields__))
+    return training.Recipe(**run.config(*TRAINING))
 
 
 def build_network(run: Run, seed: int) -> nn.Module:
@@ -73,7 +62,7 @@ def train(run: Run, seed: int) -> Artefact:
         save_tensors(folder / "weights.safetensors", network.state_dict())
         save_table(folder / "curve.csv", [{"seed": seed, **row} for row in curve])
 
-    config = run.config(*ARCHITECTURE, *training.Recipe.__dataclass_fields__) | {"seed": seed}
+    config = run.config(*ARCHITECTURE, *TRAINING) | {"seed": seed}
     return run.stage(f"train-seed{seed}", 1, config, {"data": run.data_sha256}, make)
 
 
@@ -118,7 +107,14 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             mean,
             std,
             readouts.ReadoutRecipe(
-                s.readout_epochs, s.readout_batch_size, s.readout_lr, s.readout_l2, s.shift, s.flip, s.max_steps
+                s.readout_epochs,
+                s.readout_batch_size,
+                s.readout_lr,
+                s.readout_l2,
+                s.shift,
+                s.flip,
+                s.precision,
+                s.max_steps,
             ),
             seed,
             run.log,
@@ -184,27 +180,20 @@ def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
     return run.stage(f"snr-{kind}-seed{seed}", 1, config, {"readouts": source.sha256}, make)
 
 
+TAP_COLUMNS = [
+    "accuracy", "snr", "snr_external", "signal", "noise", "clusters_per_node", "pooled_cluster_size", "labels_per_node",
+    "offset_share",
+]  # fmt: skip
+HEAD_COLUMNS = [
+    "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
+]  # fmt: skip
+
+
 def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Mean over seeds at one threshold: one row per network, tap and encoder, raw statistics and the centred SNR."""
     keys = ["network", "tap", "encoder"]
     at = taps[taps.threshold == threshold]
-    raw = (
-        at[~at.centred]
-        .groupby(keys)[
-            [
-                "accuracy",
-                "snr",
-                "snr_external",
-                "signal",
-                "noise",
-                "clusters_per_node",
-                "pooled_cluster_size",
-                "labels_per_node",
-                "offset_share",
-            ]
-        ]
-        .mean()
-    )
+    raw = at[~at.centred].groupby(keys)[TAP_COLUMNS].mean()
     return raw.assign(snr_centred=at[at.centred].groupby(keys).snr.mean()).round(3)
 
 
@@ -285,15 +274,8 @@ def _pruning(run: Run, seed: int) -> Artefact:
             run.log(f"pruning at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
-    config = run.config(
-        *training.Recipe.__dataclass_fields__,
-        "prune_thresholds",
-        "prune_draws",
-        "retrain_thresholds",
-        "retrain_epochs",
-        "retrain_lr",
-    )
-    return run.stage(f"andc-seed{seed}", 1, config | {"seed": seed}, inputs | {"readouts": source.sha256}, make)
+    config = run.config(*TRAINING, *PRUNING) | {"seed": seed}
+    return run.stage(f"andc-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
 
 
 def _masks(network: nn.Module, sets: dict[str, Tensor], seed: int, draws: int):
@@ -338,18 +320,7 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, one row per network and encoder."""
-    columns = [
-        "specialisation",
-        "excess",
-        "z",
-        "unrecognised",
-        "tied",
-        "median_margin",
-        "own_drop",
-        "other_drop",
-        "gap",
-    ]
-    return encoders.groupby(["network", "encoder"])[columns].mean().round(4)
+    return encoders.groupby(["network", "encoder"])[HEAD_COLUMNS].mean().round(4)
 
 
 def _heads(run: Run, seed: int, kind: str) -> Artefact:
@@ -367,13 +338,9 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             booleans = snp.boolean_matrices(snp.field_matrices(weights[tap], means[tap]), s.threshold)
             counts = heads.cooperation_counts(booleans, num_heads)
             owned = heads.assign_labels(counts)
-            null = heads.permutation_null(
-                snp.diagonal_labels(booleans),
-                num_heads,
-                s.permutations,
-                training.generator(seed, "head permutations", encoder),
-            )
-            low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=null.dtype)).tolist()
+            generator = training.generator(seed, "head permutations", encoder)
+            null = heads.permutation_null(snp.diagonal_labels(booleans), num_heads, s.permutations, generator)
+            low, high = _interval(null)
             value = heads.specialisation(counts).item()
             row = {"seed": seed, "network": kind, "encoder": encoder}
             summary = {
@@ -394,19 +361,10 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 summary |= _gap(drop, own, training.generator(seed, "ablation bootstrap", encoder))
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
-                label_rows.append(
-                    pd.DataFrame(
-                        {
-                            **row,
-                            "label": range(len(counts[0])),
-                            "head": head,
-                            "count": counts[head].tolist(),
-                            "owner": (owned.owner == head).tolist(),
-                            "alone_accuracy": alone[:, head].tolist(),
-                            "ablation_drop": None if drop is None else drop[:, head].tolist(),
-                        }
-                    )
-                )
+                columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
+                columns |= {"owner": (owned.owner == head).tolist(), "alone_accuracy": alone[:, head].tolist()}
+                columns["ablation_drop"] = None if drop is None else drop[:, head].tolist()
+                label_rows.append(pd.DataFrame({**row, **columns}))
             encoder_rows.append(row | summary)
         save_table(folder / "labels.csv", pd.concat(label_rows))
         save_table(folder / "encoders.csv", encoder_rows)
@@ -441,12 +399,11 @@ def _gap(drop: Tensor, own: Tensor, generator: torch.Generator, draws: int = 100
     samples = torch.stack([per_image[torch.randint(n, (n,), generator=generator)].sum(0) for _ in range(draws)])
     gaps = samples[:, 0] / samples[:, 1].clamp(min=1) - samples[:, 2] / samples[:, 3].clamp(min=1)
     total = per_image.sum(0)
-    own_drop, other_drop = (total[0] / total[1].clamp(min=1)).item(), (total[2] / total[3].clamp(min=1)).item()
-    low, high = gaps.quantile(torch.tensor([0.025, 0.975], dtype=gaps.dtype)).tolist()
-    return {
-        "own_drop": own_drop,
-        "other_drop": other_drop,
-        "gap": own_drop - other_drop,
-        "gap_low": low,
-        "gap_high": high,
-    }
+    own, other = (total[0] / total[1].clamp(min=1)).item(), (total[2] / total[3].clamp(min=1)).item()
+    low, high = _interval(gaps)
+    return {"own_drop": own, "other_drop": other, "gap": own - other, "gap_low": low, "gap_high": high}
+
+
+def _interval(draws: Tensor) -> list[float]:
+    """The middle 95 % of some draws."""
+    return draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()

@@ -57,7 +57,7 @@ def best_device() -> torch.device:
 
 @cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bf16 matrix products are at least 1.5 times as fast as fp32 ones: measured, since many CPUs emulate them."""
+    """Whether bf16 matrix products are at least 1.5 times as fast as fp32: measured, as many CPUs emulate them."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
@@ -149,10 +149,11 @@ def train(
                 adamw.step()
                 adamw.zero_grad()
                 losses[step] = loss.detach()
+        # A step's loss judges the weights before it; those after the last step are looked at themselves.
         bad = (~losses.isfinite()).nonzero()
-        if len(bad):
+        if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
             raise FloatingPointError(
-                f"the loss was not finite at step {bad[0].item() + 1} of epoch {epoch + 1}: "
+                f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
                 "lower lr, or look for odd images"
             )
         test = accuracy(predict(network, data.x_test, mean, std), data.y_test)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from paperlib.data import EMBEDDED
 
@@ -126,7 +125,7 @@ def sharpening(
 
 
 def pruning(table: pd.DataFrame, data: str) -> list[dict]:
-    """C4: some dilution of at least 50 % costs at most 0.5 points of accuracy (mean over seeds; upper 95 % bound at most
+    """C4: some dilution of at least 50 % costs at most 0.5 points of accuracy (mean over seeds; 95 % bound at most
     1.0) and less than random and permuted masks of equal dilution. One row straight after pruning, one retrained."""
     rows = []
     for prefix, when in (("", "straight after pruning"), ("retrained_", "after a short retraining")):
@@ -200,8 +199,9 @@ def modus_vivendi(encoders: pd.DataFrame, data: str) -> list[dict]:
 
 def rank_trend(values: np.ndarray) -> np.ndarray:
     """Spearman correlation of values with their order along the last axis, in -1..1; 0 for constant values."""
-    ranks = rankdata(values, axis=-1)
-    ranks -= ranks.mean(axis=-1, keepdims=True)
+    values = np.asarray(values)
+    ranks = pd.DataFrame(np.atleast_2d(values)).rank(axis=1).to_numpy().reshape(values.shape)
+    ranks = ranks - ranks.mean(axis=-1, keepdims=True)
     order = np.arange(ranks.shape[-1]) - (ranks.shape[-1] - 1) / 2
     norm = np.sqrt((ranks**2).sum(axis=-1) * (order**2).sum())
     return (ranks * order).sum(axis=-1) / np.where(norm > 0, norm, 1)

@@ -186,11 +186,11 @@ def test_augmentation_leaves_the_stored_images_alone():
 
 def test_glyphs_are_balanced_and_the_same_every_time():
     loaded = data.load("glyphs100", image_size=16)
-    assert loaded.x_train.shape == (6000, 3, 16, 16) and loaded.x_test.shape == (2000, 3, 16, 16)
+    assert loaded.x_train.shape == (4000, 3, 16, 16) and loaded.x_test.shape == (1000, 3, 16, 16)
     assert loaded.x_train.dtype == torch.uint8 and loaded.y_train.dtype == torch.int64
     assert len(set(loaded.classes)) == 100
-    assert loaded.y_train.bincount().tolist() == [60] * 100
-    assert loaded.y_test.bincount().tolist() == [20] * 100
+    assert loaded.y_train.bincount().tolist() == [40] * 100
+    assert loaded.y_test.bincount().tolist() == [10] * 100
     x_train, y_train, x_test, y_test, classes = glyphs.draw(16)
     assert tuple(classes) == loaded.classes
     for drawn, again in ((x_train, loaded.x_train), (x_test, loaded.x_test)):

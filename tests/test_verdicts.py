@@ -95,7 +95,9 @@ def test_sharpening_needs_trend_and_growth(curve, word):
 
 def test_sharpening_must_exceed_the_random_networks():
     nodes = nodes_table(3, RISING, [1.0, 2.0, 3.0, 5.0], spread=0.1)
-    rows = verdicts.sharpening(taps_table(nodes), nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, 0.3)
+    rows = verdicts.sharpening(
+        taps_table(nodes), nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, 0.3
+    )
     assert {row["verdict"] for row in rows[1:]} == {"not supported"}
     assert rows[0]["verdict"] == "supported"
 

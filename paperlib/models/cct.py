@@ -223,7 +223,7 @@ def cct(
     blocks, kernel, convs = (int(number) for number in match.groups())
     width, default_heads, ratio = SIZES[blocks]
     heads = heads or default_heads
-    if width % heads:
+    if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide the width {width} of {name}: use a divisor of {width}")
     tokenizer = Tokenizer(kernel, convs, width, channels)
     classifier = TransformerClassifier(

@@ -1,0 +1,175 @@
+"""The project's own promises: packaging in step, clean notebooks, a README whose links and commands work."""
+
+import ast
+import functools
+import json
+import operator
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from paperlib import runs
+from paperlib.__main__ import _assignment, _chosen, _parser
+
+ROOT = runs.root()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_environment_and_pyproject_name_the_same_packages():
+    """conda calls PyTorch `pytorch`; everything else has one name and one lower bound in both files."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {*project["dependencies"], *extras["notebooks"], *extras["tests"], f"python{project['requires-python']}"}
+    found, pip = set(), []
+    for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
+        if isinstance(entry, dict):
+            pip += entry["pip"]
+        else:
+            found.add(re.sub(r"^pytorch(?=\W|$)", "torch", entry.replace(" ", "")))
+    found |= {entry for entry in pip if not entry.startswith("-e")}
+    assert found - {"pip"} == wanted
+
+
+def test_every_requirement_has_a_tested_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    named = [*project["dependencies"], *functools.reduce(operator.iadd, project["optional-dependencies"].values(), [])]
+    assert {re.match(r"[\w.-]+", entry)[0].lower() for entry in named} <= {name.lower() for name in pinned}
+
+
+def test_the_package_stays_small():
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "paperlib").rglob("*.py")) < 3000
+
+
+def test_ruff_is_content():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", "paperlib", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_nothing_is_unpickled():
+    for path in (ROOT / "paperlib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+            assert name not in ("pickle.load", "pickle.loads", "yaml.load", "joblib.load", "eval", "exec"), path
+            assert name != "torch.load" or keywords.get("weights_only") == "True", path
+            assert name != "np.load" or keywords.get("allow_pickle") == "False", path
+
+
+# --- notebooks
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_notebooks_are_numbered_from_01():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)]
+
+
+@by_name
+def test_notebooks_are_valid_and_thin(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert len(notebook.cells) <= 16
+    for cell in code_cells(path):
+        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try, ast.With}, cell.source
+
+
+@by_name
+def test_parameters_are_typed_and_the_same_everywhere(path):
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = {node.target.id: ast.unparse(node.annotation) for node in ast.parse(tagged[0].source).body}
+    assert names == {"profile": "str", "settings": "dict"}
+    assert tagged[0].source == code_cells(NOTEBOOKS[0])[0].source
+
+
+@by_name
+def test_stored_outputs_are_those_of_one_clean_run(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert "papermill" not in notebook.metadata and "widgets" not in notebook.metadata
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    for cell in cells:
+        assert set(cell.metadata.get("tags", [])) <= {"parameters"} and "papermill" not in cell.metadata
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr"
+    assert not re.search(r"/(home|root|Users|tmp|work)/", path.read_text())
+    assert path.stat().st_size < 1_000_000
+
+
+# --- README and pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_to_files_resolve(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def commands(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
+def test_commands_of_the_pages_are_accepted(line, monkeypatch):
+    """./run_all.sh lines pass the checks that come before any work; other lines start a file of the project."""
+    monkeypatch.setattr("paperlib.data.check_name", lambda name: None)  # folder:my_images is the reader's own
+    words = shlex.split(line, comments=True)
+    assert (ROOT / words[0]).is_file()
+    if words[0] == "./run_all.sh":
+        options = _parser().parse_args(words[1:])
+        assert options.list or runs.load_settings(options.profile, dict(map(_assignment, options.set or [])))
+        assert _chosen(options.start, options.only)
+
+
+def test_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True, capture_output=True)
+
+
+# --- committed figures
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "figures").glob("*/")), ids=lambda path: path.name)
+def test_every_committed_figure_has_its_four_files(folder):
+    names = {path.stem for path in folder.iterdir()} - {"summary"}
+    assert names
+    for name in names:
+        assert {path.suffix for path in folder.glob(f"{name}.*")} == {".png", ".pdf", ".svg", ".csv"}, name
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "figures").glob("*/")), ids=lambda path: path.name)
+def test_committed_results_fit_the_committed_profile(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["profile"] == folder.name
+    assert summary["config"] == json.loads(json.dumps(runs.load_settings(folder.name).model_dump()))
+    assert list(summary["results"]) == [path.stem for path in NOTEBOOKS]
+    assert "+changes" not in summary["revision"]
+    claims = [row["claim"] for row in summary["verdicts"]]
+    assert claims == sorted(claims) and {"C2", "C3", "C4", "C5"} <= set(claims)

@@ -1,0 +1,39 @@
+"""Whole walks: every profile at its real shapes, cut short; what a repeated and an interrupted walk do."""
+
+import json
+
+import pytest
+
+from paperlib import runs
+from paperlib.__main__ import main
+
+# Real image sizes, networks and label counts; few images, steps and thresholds
+CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
+CUT += ["threshold_sweep=[0.3]", "retrain_thresholds=[0.3]", "permutations=100"]
+CACHES = {"cifar100": ("cifar100.npz", 100, 32), "flowers102": ("flowers102-224.npz", 102, 224)}
+FIGURES = {
+    "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "accuracy_against_dilution", "head_map",
+    "head_specialisation",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", runs.profiles())
+def test_every_profile_walks_when_cut_short(profile, folders, write_cache, capsys):
+    settings = runs.load_settings(profile)
+    if settings.data in CACHES:
+        name, labels, size = CACHES[settings.data]
+        write_cache(folders / "data" / name, labels, size, train=2, test=1)
+    assert main([profile, "--set", *CUT]) == 0
+    figures = folders / "figures" / profile
+    assert {path.name for path in figures.iterdir()} == {"summary.json"} | {
+        f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")
+    }
+    summary = json.loads((figures / "summary.json").read_text())
+    assert summary["config"]["max_steps"] == 2 and summary["data"]["name"] == settings.data
+    assert {row["claim"] for row in summary["verdicts"]} == {"C2", "C3", "C4", "C5"}
+    for row in summary["verdicts"]:
+        expected = "demonstration" if profile == "quick" else "not tested"
+        assert row["verdict"].startswith(expected) and row["data"] == settings.data and row["n"] == 1
+    text = capsys.readouterr().out
+    assert "04_head_modus_vivendi" in text and str(figures) in text and "failed" not in text
