@@ -17,6 +17,7 @@ TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "s
 METHOD_COLOURS = {"andc": COLOURS[0], "permuted": COLOURS[5], "random": COLOURS[6], "magnitude": COLOURS[2]}
 STYLE = {
     "font.size": 9,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -93,7 +94,7 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
         for tap in shown:
             axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
         axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
-        axes[0].legend(ncols=2, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8)
         _whole_numbers(*axes)
         return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
 
@@ -110,14 +111,14 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
                 rows = part[(part.threshold == threshold) & (part.network == kind)]
                 _curve(axis, rows, "snr", 1, line, colour)
             axis.plot([], [], "o-", ms=4, color=colour, label=f"{threshold:g}")
-        axis.set(xlabel="encoder", ylabel=f"SNR of {tap}", yscale="log")
-        axis.legend(title="threshold", fontsize=8, ncols=2)
+        axis.set(xlabel="encoder", ylabel=f"SNR of {tap}")
+        figure.legend(loc="outside right center", title="threshold", fontsize=8)
         _whole_numbers(axis)
         return _stamped(figure, f"{data}, n = {part.seed.nunique()}; dashed: random network", data)
 
 
 def node_matrix(
-    field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], title: str
+    field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
 ) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
     first = [label for cluster in clusters for label in cluster]
@@ -140,8 +141,7 @@ def node_matrix(
         axes[1].set_yticks(range(shown), names, fontsize=7)
         axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
         axes[1].set(xlabel="output label")
-        figure.suptitle(title, fontsize=9)
-        return figure
+        return _stamped(figure, f"{data}, {node}", data)
 
 
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
@@ -158,7 +158,8 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
                 mean.dilution, 100 * mean.accuracy, 100 * spread, fmt="o-", ms=4, color=colour, label=method, capsize=2
             )
             axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
-        axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
+        if table.retrained_accuracy.notna().any():
+            axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
         axis.set(xlabel="dilution of the FF layers", ylabel="test accuracy (%)", xlim=(0, 1), ylim=(0, None))
         axis.legend(fontsize=8)
         return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)

@@ -53,7 +53,8 @@ def train_readouts(
         for tap in taps:
             features = recorded[tap.name][0].numel()
             start = torch.rand(num_labels, features, generator=generator(seed, "readout", tap.name)) * 2 - 1
-            weights[tap.name] = (start / features**0.5).to(images.device).requires_grad_()
+            weights[tap.name] = (start / features**0.5).to(images.device)
+            weights[tap.name].grad = torch.zeros_like(weights[tap.name])
         adam = torch.optim.Adam(list(weights.values()), lr=recipe.lr, weight_decay=recipe.l2, fused=True)
         batches = -(-len(images) // recipe.batch_size)
         steps_per_epoch = min(batches, recipe.max_steps or batches)
@@ -67,18 +68,28 @@ def train_readouts(
                 with autocast(recipe.precision, images.device):  # the frozen network only; the readouts are fp32
                     network(normalise(batch, mean, std))
                 for index, tap in enumerate(taps):
-                    features = recorded[tap.name].flatten(1).float() / scales[tap.name]
-                    with torch.enable_grad():
-                        loss = F.cross_entropy(F.linear(features, weights[tap.name]), batch_labels)
-                        loss.backward()
-                    losses[index] += loss.detach()
+                    losses[index] += _gradient(
+                        weights[tap.name], recorded[tap.name].flatten(1).float(), scales[tap.name], batch_labels
+                    )
                 done = epoch * steps_per_epoch + step
                 adam.param_groups[0]["lr"] = recipe.lr * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
                 adam.step()
-                adam.zero_grad()
             log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
         positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}
     return {name: (weight.detach() / scales[name]).unflatten(1, positions[name]) for name, weight in weights.items()}
+
+
+def _gradient(weight: Tensor, features: Tensor, scale: float, labels: Tensor) -> Tensor:
+    """Fill weight.grad with the gradient of the mean cross-entropy of (features / scale) @ weight.T; return that loss.
+
+    Written out, (softmax - one-hot)^T features, because autograd would divide and copy the features and allocate a
+    gradient of the weight's size at each step.
+    """
+    logits = F.linear(features, weight) / scale
+    loss = F.cross_entropy(logits, labels)
+    error = (logits.softmax(dim=1) - F.one_hot(labels, len(weight))) / (len(labels) * scale)
+    torch.mm(error.T, features, out=weight.grad)
+    return loss
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ class Settings(BaseModel):
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
     shift: int = Field(ge=0, description="augmentation: largest random shift in pixels")
     flip: bool = Field(description="augmentation: mirror half of the images")
-    precision: Literal["auto", "fp32", "bf16"] = Field(description="of the network in training steps; auto: bf16 where it is fast")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        description="of the network in training steps; auto: bf16 where it is fast"
+    )
     max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
     held_out: Share = Field(description="share of the training images that readouts never see (they decide masks)")
     taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")

@@ -222,8 +222,8 @@ def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
     node = int(distance.argmin())
     clusters = snp.label_clusters(booleans[node])
-    title = f"{run.images.name}: encoder {tap.split('.')[0]}, {kind}, node {node}, seed {seed}"
-    figure = figures.node_matrix(fields[node], booleans[node], clusters, run.images.classes, title)
+    place = f"encoder {tap.split('.')[0]}, {kind}, node {node}, seed {seed}"
+    figure = figures.node_matrix(fields[node], booleans[node], clusters, run.images.classes, run.images.name, place)
     return figure, pd.DataFrame(fields[node].numpy())
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import json
 import operator
 import re
@@ -173,3 +174,12 @@ def test_committed_results_fit_the_committed_profile(folder):
     assert "+changes" not in summary["revision"]
     claims = [row["claim"] for row in summary["verdicts"]]
     assert claims == sorted(claims) and {"C2", "C3", "C4", "C5"} <= set(claims)
+
+
+def test_the_readme_shows_the_committed_verdicts():
+    spec = importlib.util.spec_from_file_location("store_outputs", ROOT / "notebooks" / "store_outputs.py")
+    store = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(store)
+    page = (ROOT / "README.md").read_text()
+    summary = json.loads((ROOT / "figures" / "quick" / "summary.json").read_text())
+    assert store.with_table(page, store.verdict_table(summary)) == page
