@@ -151,7 +151,8 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
         row = {"claim": "C4", "data": data, "statistic": f"accuracy lost by ANDC of the FF layers, {when}"}
         if not candidates:
             row |= {"effect": None, "uncertainty": None, "null": "equal dilution", "n": n}
-            rows.append({**row, "verdict": "not tested (no dilution of 50 % or more)"})
+            why = "no dilution of 50 % or more" if len(part) else "no network was retrained"
+            rows.append({**row, "verdict": f"not tested ({why})"})
             continue
         met, _, _, dilution, mean, bound, controls = max(candidates, key=lambda row: row[:2])
         null = ", ".join(f"{name} masks lose {value:.4f}" for name, value in controls.items())

@@ -125,7 +125,7 @@ def test_stored_outputs_are_those_of_one_clean_run(path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_to_files_resolve(page):
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
-    assert links
+    assert links or page.name != "README.md"
     for link in links:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
