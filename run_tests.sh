@@ -14,5 +14,5 @@ extras=notebooks,tests
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-export PAPERLIB_RUNS=$folder/runs PAPERLIB_FIGURES=$folder/figures
+export PAPERLIB_RUNS=$folder/runs PAPERLIB_FIGURES=$folder/figures PAPERLIB_HEADLESS=1
 "$python" -m pytest --nbval-lax --nbval-current-env tests notebooks "$@"

@@ -18,11 +18,11 @@ from paperlib import runs
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the walk; returns the exit code: 0 done, 1 a notebook failed, 2 wrong arguments."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.list:
         return _list()
     try:
-        changes = dict(_assignment(text) for text in options.set or [])
+        changes = changes_of(options)
         settings = runs.load_settings(options.profile, changes)
         notebooks = _chosen(options.start, options.only)
     except (ValueError, OSError) as error:
@@ -44,24 +44,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line of run_all.sh, and of paperlib.distributed."""
+    result = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Run the walk: train, measure, prune, look at the heads. Stages whose inputs have not changed are "
         "kept, so an interrupted walk goes on where it stopped.",
     )
-    parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help="see --list (default: quick)")
-    parser.add_argument("--from", dest="start", metavar="NN", help="start with this notebook, e.g. 02")
-    parser.add_argument("--only", metavar="NN,NN", help="run these notebooks only")
-    parser.add_argument(
+    result.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help="see --list (default: quick)")
+    result.add_argument("--from", dest="start", metavar="NN", help="start with this notebook, e.g. 02")
+    result.add_argument("--only", metavar="NN,NN", help="run these notebooks only")
+    result.add_argument(
         "--set",
         nargs="+",
         action="extend",
         metavar="NAME=VALUE",
         help="replace values of the profile, e.g. --set epochs=3 'seeds=[0, 1, 2]'",
     )
-    parser.add_argument("--list", action="store_true", help="show profiles, notebooks and parameters, and stop")
-    return parser
+    result.add_argument("--list", action="store_true", help="show profiles, notebooks and parameters, and stop")
+    return result
+
+
+def changes_of(options: argparse.Namespace) -> dict[str, object]:
+    """What --set replaces; ValueError for what is not NAME=VALUE."""
+    return dict(_assignment(text) for text in options.set or [])
 
 
 def _assignment(text: str) -> tuple[str, object]:
@@ -120,9 +126,6 @@ def _time_limit(seconds: int):
     def stop(signum, frame):
         raise TimeoutError
 
-    if not hasattr(signal, "SIGALRM"):  # no such signal on Windows, where notebooks run without a limit
-        yield
-        return
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     try:

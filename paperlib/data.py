@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from paperlib import glyphs
+from paperlib import files, glyphs
 
 NAMES = ("glyphs100", "cifar100", "flowers102", "folder:<path>")
 EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
@@ -89,13 +89,8 @@ def limit(data: Images, images: int) -> Images:
             f"(2 for each of {len(data.classes)} labels)"
         )
     train, test = (_dealt(labels)[:images].sort().values for labels in (data.y_train, data.y_test))
-    return replace(
-        data,
-        x_train=data.x_train[train],
-        y_train=data.y_train[train],
-        x_test=data.x_test[test],
-        y_test=data.y_test[test],
-    )
+    parts = {"train": train, "test": test}
+    return replace(data, **{f"{k}_{part}": getattr(data, f"{k}_{part}")[i] for k in "xy" for part, i in parts.items()})
 
 
 def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -130,14 +125,16 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def augmented_batches(
-    images: Tensor, labels: Tensor, batch_size: int, shift: int, flip: bool, generator: torch.Generator
+    images: Tensor, labels: Tensor, batch_size: int, shift: int, flip: bool, generator: torch.Generator, place=(0, 1)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in random order: uint8 batches, each image shifted by up to `shift` pixels (black beyond the edge) and,
     with `flip`, mirrored with probability 1/2.
 
     `generator` is a CPU generator whatever the device: an epoch's random numbers are drawn at once and copied over,
-    so every device sees the same batches and nothing waits inside the epoch.
+    so every device sees the same batches and nothing waits inside the epoch. place = (rank, ranks) yields a rank's
+    share of each batch: every ranks-th image.
     """
+    rank, ranks = place
     n, device, size = len(images), images.device, images.shape[-1]
     order = torch.randperm(n, generator=generator)
     offsets = torch.randint(-shift, shift + 1, (2, n), generator=generator)
@@ -146,7 +143,7 @@ def augmented_batches(
     pixel = torch.arange(size, device=device)
     stored = images.permute(0, 2, 3, 1)
     for start in range(0, n, batch_size):
-        part = slice(start, start + batch_size)
+        part = slice(start + rank, min(start + batch_size, n), ranks)
         index = order[part]
         rows = pixel + offsets[0, part, None]  # (b, S): the source row of each row
         columns = torch.where(mirrored[part, None], size - 1 - pixel, pixel) + offsets[1, part, None]
@@ -205,12 +202,11 @@ def _cifar100(root: Path, image_size: int) -> Images:
     def resized() -> tuple:
         from torchvision.transforms.functional import resize
 
-        x_train, x_test = (
-            torch.cat([resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)])
-            for x in (data.x_train, data.x_test)
-        )
-        nhwc = (x.permute(0, 2, 3, 1).numpy() for x in (x_train, x_test))
-        return next(nhwc), data.y_train.numpy(), next(nhwc), data.y_test.numpy(), data.classes
+        def larger(x: Tensor) -> np.ndarray:
+            chunks = [resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)]
+            return torch.cat(chunks).permute(0, 2, 3, 1).numpy()
+
+        return larger(data.x_train), data.y_train.numpy(), larger(data.x_test), data.y_test.numpy(), data.classes
 
     return _cached("cifar100", root / f"cifar100-{image_size}.npz", resized)
 
@@ -279,16 +275,11 @@ def _cached(name: str, cache: Path, make) -> Images:
     if not cache.exists():
         arrays = make()
         keys = ("x_train", "y_train", "x_test", "y_test", "classes")
-        partial = cache.with_suffix(f".{os.getpid()}.part")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            with files.whole(cache) as file:
                 np.savez_compressed(file, **dict(zip(keys, arrays, strict=True)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, cache)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             print(f"{cache} was not written ({error}): the images will be decoded again next time")
         return _images(name, *arrays)
     try:

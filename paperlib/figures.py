@@ -16,21 +16,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#9
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
 METHOD_COLOURS = {"andc": COLOURS[0], "permuted": COLOURS[5], "random": COLOURS[6], "magnitude": COLOURS[2]}
 STYLE = {
-    "font.size": 9,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "savefig.bbox": "tight",
-    "svg.hashsalt": "paperlib",
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-    "figure.constrained_layout.use": True,
-}
+    "font.size": 9, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight",
+    "svg.hashsalt": "paperlib", "svg.fonttype": "none", "pdf.fonttype": 42,
+}  # fmt: skip
 
 
 def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure:
@@ -73,7 +63,6 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
         right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
         left.legend()
         right.legend()
-        _whole_numbers(left, right)
         return _stamped(figure, f"{data}, n = {curves.seed.nunique()}", data)
 
 
@@ -95,7 +84,6 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
             axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
         axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
         figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8)
-        _whole_numbers(*axes)
         return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
 
 
@@ -113,7 +101,6 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
             axis.plot([], [], "o-", ms=4, color=colour, label=f"{threshold:g}")
         axis.set(xlabel="encoder", ylabel=f"SNR of {tap}")
         figure.legend(loc="outside right center", title="threshold", fontsize=8)
-        _whole_numbers(axis)
         return _stamped(figure, f"{data}, n = {part.seed.nunique()}; dashed: random network", data)
 
 
@@ -194,15 +181,8 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
             _curve(left, part, "excess", 1, line, colour)
             left.plot([], [], line, ms=4, color=colour, label=kind)
         null = encoders[encoders.network == "trained"].groupby("encoder")[["null_low", "null_high", "null_mean"]].mean()
-        left.fill_between(
-            null.index,
-            null.null_low - null.null_mean,
-            null.null_high - null.null_mean,
-            color="#D55E00",
-            alpha=0.2,
-            lw=0,
-            label="95 % of permutations",
-        )
+        band = {"color": COLOURS[1], "alpha": 0.2, "lw": 0, "label": "95 % of permutations"}
+        left.fill_between(null.index, null.null_low - null.null_mean, null.null_high - null.null_mean, **band)
         left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
         left.legend(fontsize=8)
         trained = encoders[encoders.network == "trained"]
@@ -212,7 +192,6 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
         right.plot([], [], "s--", ms=4, color="#0072B2", label="other labels")
         right.set(xlabel="encoder", ylabel="accuracy lost without\nthe head (points)")
         right.legend(fontsize=8)
-        _whole_numbers(left, right)
         return _stamped(figure, f"{data}, n = {encoders.seed.nunique()}", data)
 
 
@@ -236,12 +215,10 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _whole_numbers(*axes) -> None:
-    for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-
-
 def _stamped(figure: Figure, title: str, data: str) -> Figure:
+    for axis in figure.axes:
+        if axis.get_xlabel() in ("encoder", "epoch"):
+            axis.xaxis.get_major_locator().set_params(integer=True)
     suffix = " — demonstration, not evidence" if data in EMBEDDED else ""
     figure.suptitle(title + suffix, fontsize=9)
     return figure

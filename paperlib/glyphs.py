@@ -1,12 +1,9 @@
 """glyphs100: a small image data set with 100 labels that needs no download.
 
-Each image shows one character (digit, Latin, Greek or symbol), drawn from the font files that ship
-with matplotlib: light on dark, in random colours, pose and stroke weight, over a smooth random
-texture and pixel noise. The test faces are never used for training. Some labels look alike on
-purpose (O/0/o, l/1/I, v/ν, p/ρ), but no two labels have the same mask in any face.
-
-The set lets examples and tests run offline in about a minute. Results on it are a demonstration
-that the code works, not evidence about a model.
+Each image is one character (digit, Latin, Greek or symbol) from the fonts that ship with matplotlib: light on dark, in
+random colours, pose and stroke weight, over a smooth random texture and pixel noise. The test faces are never trained
+on. Some labels look alike on purpose (O/0/o, l/1/I, v/ν, p/ρ), but no two have the same mask in any face. What it shows
+is a demonstration that the code works, not evidence about a model.
 """
 
 import string
@@ -77,9 +74,8 @@ def _paint(masks: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     def uniform(limits: tuple[float, float], *shape: int) -> torch.Tensor:
         return limits[0] + (limits[1] - limits[0]) * torch.rand(n, *shape, generator=generator)
 
-    # Small images are posed at twice their size and averaged down, against jagged edges. The grid
-    # is written out element by element: a matrix product (as in affine_grid) could round
-    # differently with another number of threads.
+    # Small images are posed at twice their size and averaged down, against jagged edges. The grid is written out
+    # element by element: a matrix product (as in affine_grid) could round differently with another number of threads.
     over = 2 if size < 64 else 1
     line = (2 * torch.arange(size * over) + 1) / (size * over) - 1
     angle, scale = torch.deg2rad(uniform(ROTATION, 1, 1)), uniform(SCALE, 1, 1)
@@ -89,14 +85,12 @@ def _paint(masks: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     across = angle.cos() * x + angle.sin() * y + uniform(SHEAR, 1, 1) * down
     grid = torch.stack((across, down), dim=-1)
     ink = F.grid_sample(masks[:, None].float() / 255, grid, align_corners=False)
-    # Cut the slope with an edge about one output pixel wide, but at least so steep that bare
-    # background gets no ink at any level.
+    # An edge about one output pixel wide, but at least so steep that bare background gets no ink at any level.
     gain = max(0.5 / CUT_LEVEL[0], 2.5 * MASK_BLUR * size / MASK_SIZE)
     ink = F.avg_pool2d(((ink - uniform(CUT_LEVEL, 1, 1, 1)) * gain + 0.5).clamp(0, 1), over)
 
-    # Light on dark only: with both polarities a small transformer needs more than a minute to get
-    # above chance. The tint sums to zero over the channels and vanishes at black and white, so it
-    # changes no grey level and leaves every channel in 0..1.
+    # Light on dark only: with both polarities a small transformer needs more than a minute to get above chance. The
+    # tint sums to zero over the channels and vanishes at black and white, so no grey level and no range changes.
     dark = uniform((0, 1 - MIN_CONTRAST), 1, 1, 1)
     light = dark + MIN_CONTRAST + (1 - MIN_CONTRAST - dark) * uniform((0, 1), 1, 1, 1)
     tint = uniform((0, 1), 2, 3, 1, 1)
@@ -117,8 +111,8 @@ def _split(faces: tuple[str, ...], size: int, per_label: int, seed: int) -> tupl
     order = torch.randperm(len(CLASSES) * per_label, generator=generator)
     label, face = order // per_label, order % per_label % len(faces)
     masks, images = _masks(faces), np.empty((len(order), size, size, 3), dtype=np.uint8)
-    # Chunks bound the memory. They are also short enough for torch not to share the sine and
-    # cosine of a chunk among threads, which could round differently.
+    # Chunks bound the memory, and are too short for torch to share their sines among threads, which could round
+    # differently.
     step = max(1, min(512, 2**20 // size**2))
     for start in range(0, len(order), step):
         part = slice(start, start + step)
@@ -129,23 +123,12 @@ def _split(faces: tuple[str, ...], size: int, per_label: int, seed: int) -> tupl
 def draw(
     image_size: int = 32, train_per_label: int = 40, test_per_label: int = 10, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Draw the glyphs100 data set.
+    """Draw the data set: x_train (n, S, S, 3) uint8, y_train (n,) uint8 in 0..99, x_test, y_test, 100 label names.
 
-    Args:
-        image_size: side S of the square images in pixels, 16 to 224.
-        train_per_label: training images per label, at least 1; n = 100 * train_per_label.
-        test_per_label: test images per label, at least 1; m = 100 * test_per_label.
-        seed: 0 to 2**31 - 1. The same arguments give the same arrays with any number of threads;
-            neither split depends on the number of images in the other one.
-
-    Returns:
-        x_train (n, S, S, 3) uint8 in 0..255, y_train (n,) uint8 in 0..99, x_test (m, S, S, 3)
-        uint8, y_test (m,) uint8, and the 100 label names (each the character itself). Both splits
-        are shuffled and hold exactly the same number of images per label.
-
-    Raises:
-        ValueError: an argument is out of range.
-        RuntimeError: a font face lacks one of the characters or draws two of them alike.
+    image_size S is 16 to 224 pixels, n 100 * train_per_label; a label's name is its character. Both splits are shuffled
+    and have the same number of images per label. The same arguments (seed 0 to 2**31 - 1) give the same arrays with any
+    number of threads; neither split depends on the number of images in the other. Raises ValueError for an argument out
+    of range, RuntimeError for a font face that lacks a character or draws two of them alike.
     """
     if not 16 <= image_size <= 224:
         raise ValueError(f"image_size must be in 16..224, got {image_size}")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paperlib import distributed
 from paperlib.data import augmented_batches, normalise
 from paperlib.snp import class_sums, means_of
 from paperlib.taps import Tap, activations, recording
@@ -111,7 +112,16 @@ def measure(
     mean: Tensor,
     std: Tensor,
 ) -> Measured:
-    """Class means and readout accuracies of every tap in one pass over uint8 images."""
+    """Class means and readout accuracies of every tap in one pass over uint8 images, shared out among ranks."""
+    rank, ranks = distributed.place()
+    n, images, labels = len(images), images[rank::ranks], labels[rank::ranks]
+
+    def everywhere(parts: list[Tensor]) -> Tensor:
+        mine = torch.cat(parts)
+        whole = mine.new_zeros(n, *mine.shape[1:], dtype=torch.uint8)
+        whole[rank::ranks] = mine.byte()
+        return distributed.total(whole).bool()
+
     sums: dict[str, Tensor] = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     counts = labels.new_zeros(len(next(iter(weights.values()))))
     correct: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
@@ -131,10 +141,11 @@ def measure(
             else:
                 fields = batch[tap.name].flatten(1) @ weights[tap.name].flatten(1).T
             correct[tap.name].append(fields.argmax(dim=1) == batch_labels)
+    distributed.total(counts)
     return Measured(
-        {name: means_of(total, counts) for name, total in sums.items()},
-        {name: torch.cat(parts) for name, parts in correct.items()},
-        {name: torch.cat(parts) for name, parts in head_correct.items()},
+        {name: means_of(distributed.total(part), counts) for name, part in sums.items()},
+        {name: everywhere(parts) for name, parts in correct.items()},
+        {name: everywhere(parts) for name, parts in head_correct.items()},
     )
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 
-from paperlib import data, models, taps, training
+from paperlib import data, files, models, taps, training
 
 # YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
 Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
@@ -53,9 +53,13 @@ class Settings(BaseModel):
     lr: Number = Field(gt=0, description="largest learning rate of AdamW")
     weight_decay: Number = Field(ge=0, description="decoupled weight decay of AdamW")
     warmup: Share = Field(description="share of the steps in which the learning rate rises")
+    decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
-    shift: int = Field(ge=0, description="augmentation: largest random shift in pixels")
-    flip: bool = Field(description="augmentation: mirror half of the images")
+    augmentation: Literal["light", "published"] = Field(
+        description="in training: light (shift, flip) or CCT's published"
+    )
+    shift: int = Field(ge=0, description="light augmentation: largest random shift in pixels")
+    flip: bool = Field(description="light augmentation: mirror half of the images")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         description="of the network in training steps; auto: bf16 where it is fast"
     )
@@ -112,7 +116,7 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
             raise ValueError(f"unknown parameter {name!r}{_hint(name, list(Settings.model_fields))}") from None
         if first["type"] == "missing":
             raise ValueError(f"{path.name} gives no value for {name!r}") from None
-        raise ValueError(f"parameter {name!r}: {_lower(first['msg'])}, not {first['input']!r}") from None
+        raise ValueError(f"parameter {name!r}: {first['msg'].lower()}, not {first['input']!r}") from None
     if not {"attn", "block"} <= set(settings.taps):
         raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
     data.check_name(settings.data)
@@ -131,6 +135,7 @@ class Artefact:
     folder: Path
     sha256: str
     seconds: float
+    fresh: bool = False  # computed by this process
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / f"{name}.csv")
@@ -209,7 +214,7 @@ class Run:
         seconds = round(time.monotonic() - start, 2)
         record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "revision": revision()}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
-        return Artefact(folder, sha256, seconds)
+        return Artefact(folder, sha256, seconds, fresh=True)
 
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
         """Put a notebook's results and verdicts into figures/<profile>/summary.json, beside those of the others.
@@ -265,24 +270,18 @@ def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with files.whole(path) as file:
+        file.write(text.encode())
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    """Write tensors as safetensors."""
+    with files.whole(path) as file:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name)
 
 
 def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:
-    """Write a table as CSV, whole or not at all."""
+    """Write a table as CSV."""
     write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
@@ -347,14 +346,8 @@ def _hint(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
-
-
 def _float_or_same(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -149,9 +149,8 @@ def tap_statistics(booleans: Tensor) -> TapStatistics:
 def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
     """Statistics of a tap from those of its nodes."""
     count = len(nodes.labels)
-    labels, clusters, internal, external = (
-        float(t.sum()) for t in (nodes.labels, nodes.clusters, nodes.internal, nodes.external)
-    )
+    totals = (nodes.labels, nodes.clusters, nodes.internal, nodes.external)
+    labels, clusters, internal, external = (float(total.sum()) for total in totals)
     pairs = num_labels * (num_labels - 1)
     signal, noise, noise_external = labels / num_labels, (internal + external) / pairs, external / pairs
     return TapStatistics(

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from paperlib import andc, figures, heads, models, readouts, snp, taps, training
+from paperlib import andc, distributed, figures, heads, models, readouts, snp, taps, training
 from paperlib.data import Images, channel_statistics, held_out, normalise
 from paperlib.runs import Artefact, Run, save_table, save_tensors
 
@@ -40,15 +40,8 @@ def build_network(run: Run, seed: int) -> nn.Module:
     """The run's network with weights freshly drawn from the seed, on the best device."""
     s = run.settings
     with training.seeded(seed, "weights"):
-        network = models.cct(
-            s.model,
-            num_classes=len(run.images.classes),
-            image_size=s.image_size,
-            positional_embedding=s.positional_embedding,
-            heads=s.heads or None,
-            attention_dropout=s.attention_dropout,
-            stochastic_depth=s.stochastic_depth,
-        )
+        options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
+        network = models.cct(s.model, len(run.images.classes), heads=s.heads or None, **options)
     return network.to(training.best_device(), memory_format=torch.channels_last)
 
 
@@ -56,6 +49,7 @@ def train(run: Run, seed: int) -> Artefact:
     """Stage: the trained network of a seed (weights.safetensors) and its learning curve (curve.csv)."""
 
     def make(folder: Path) -> None:
+        distributed.share(True)  # tells other ranks, where there are any, to train along
         network = build_network(run, seed)
         images = run.images.to(training.best_device())
         curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)
@@ -86,7 +80,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
     and one over the held-out images give.
 
-    weights, means_test, means_held_out (FF taps only): tap -> (L, T, D); correct: tap -> (n_test,) and
+    fields_test, fields_held_out (FF taps only): tap -> field matrices (D, L, L); correct: tap -> (n_test,) and
     heads/tap -> (n_test, H) as 0/1.
     """
     kinds = list(dict.fromkeys((*run.settings.taps, *(FF_TAPS if kind == "trained" else ()))))
@@ -98,47 +92,26 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         mean, std = (t.to(images.x_train.device) for t in channel_statistics(run.images.x_train))
         kept, held = held_out(run.images.y_train, s.held_out)
         places = taps.cct_taps(network, kinds)
-        weights = readouts.train_readouts(
-            network,
-            places,
-            images.x_train[kept],
-            images.y_train[kept],
-            len(images.classes),
-            mean,
-            std,
-            readouts.ReadoutRecipe(
-                s.readout_epochs,
-                s.readout_batch_size,
-                s.readout_lr,
-                s.readout_l2,
-                s.shift,
-                s.flip,
-                s.precision,
-                s.max_steps,
-            ),
-            seed,
-            run.log,
-        )
+        x, y, labels = images.x_train[kept], images.y_train[kept], len(images.classes)
+        own = {name: getattr(s, f"readout_{name}") for name in ("epochs", "batch_size", "lr", "l2")}
+        how = readouts.ReadoutRecipe(**own, **run.config("shift", "flip", "precision", "max_steps"))
+        weights = readouts.train_readouts(network, places, x, y, labels, mean, std, how, seed, run.log)
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, mean, std)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
-        save_tensors(folder / "weights.safetensors", weights)
-        save_tensors(folder / "means_test.safetensors", test.class_means)
+        save_tensors(folder / "fields_test.safetensors", _fields(weights, test))
         save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
         if kind == "trained":
             places = [place for place in places if place.kind in FF_TAPS]
             weights = {place.name: weights[place.name] for place in places}
-            held_means = readouts.measure(
-                network, places, weights, images.x_train[held], images.y_train[held], mean, std
-            ).class_means
-            save_tensors(folder / "means_held_out.safetensors", held_means)
+            unseen = readouts.measure(network, places, weights, images.x_train[held], images.y_train[held], mean, std)
+            save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds}
     return run.stage(f"readouts-{kind}-seed{seed}", 1, config, inputs, make)
 
 
-def fields_of(artefact: Artefact, tap: str, means: str = "means_test") -> Tensor:
-    """Field matrices (D, L, L) of a tap from a readout artefact."""
-    return snp.field_matrices(artefact.tensors("weights")[tap], artefact.tensors(means)[tap])
+def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
+    return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
 
 
 def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -154,13 +127,11 @@ def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
     def make(folder: Path) -> None:
-        weights, means = source.tensors("weights"), source.tensors("means_test")
-        correct = source.tensors("correct")
+        fields_of, correct = source.tensors("fields_test"), source.tensors("correct")
         tap_rows, node_rows = [], []
-        for tap in sorted(weights):
+        for tap, fields in sorted(fields_of.items()):
             encoder, name = tap.split(".")
             row = {"seed": seed, "network": kind, "encoder": int(encoder), "tap": name}
-            fields = snp.field_matrices(weights[tap], means[tap])
             centred, share = snp.split_offset(fields)
             row_values = {"accuracy": correct[tap].float().mean().item(), "offset_share": share.mean().item()}
             for threshold in sorted({run.settings.threshold, *run.settings.threshold_sweep}):
@@ -197,26 +168,12 @@ def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
     return raw.assign(snr_centred=at[at.centred].groupby(keys).snr.mean()).round(3)
 
 
-def results_of_taps(taps: pd.DataFrame, threshold: float) -> dict:
-    """The same as nested lists along the encoders, for summary.json: network -> tap -> {accuracy, snr, ...}."""
-    summary = summary_of_taps(taps, threshold).reset_index()
-    return {
-        network: {
-            tap: {column: rows[column].tolist() for column in ("accuracy", "snr", "snr_centred", "offset_share")}
-            for tap, rows in part.groupby("tap")
-        }
-        for network, part in summary.groupby("network")
-    }
-
-
 def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of one node of the last encoder, the one whose number of labels is nearest to the tap's median among
     those with a cluster of two or more, and its field matrix as a table."""
-    source = readout(run, seed, "trained")
-    tap = max(
-        (name for name in source.tensors("weights") if name.endswith(f".{kind}")), key=lambda n: int(n.split(".")[0])
-    )
-    fields = fields_of(source, tap)
+    found = readout(run, seed, "trained").tensors("fields_test")
+    tap = max((tap for tap in found if tap.endswith(f".{kind}")), key=lambda name: int(name.split(".")[0]))
+    fields = found[tap]
     booleans = snp.boolean_matrices(fields, run.settings.threshold)
     nodes = snp.node_statistics(booleans)
     distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
@@ -257,8 +214,7 @@ def _pruning(run: Run, seed: int) -> Artefact:
         images = run.images.to(training.best_device())
         intact = _right_answers(network, images)
         short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0)
-        weights, means = source.tensors("weights"), source.tensors("means_held_out")
-        fields = {tap: snp.field_matrices(weights[tap], means[tap]) for tap in means}
+        fields = source.tensors("fields_held_out")
         rows = []
         for threshold in s.prune_thresholds:
             sets = {tap: snp.diagonal_labels(snp.boolean_matrices(field, threshold)) for tap, field in fields.items()}
@@ -330,12 +286,12 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         s, labels = run.settings, run.images.y_test
         num_heads = network.classifier.blocks[0].self_attn.heads
-        weights, means, correct = (source.tensors(name) for name in ("weights", "means_test", "correct"))
+        fields, correct = source.tensors("fields_test"), source.tensors("correct")
         intact, ablated = _ablations(network, run.images) if kind == "trained" else (None, None)
         label_rows, encoder_rows = [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
-            booleans = snp.boolean_matrices(snp.field_matrices(weights[tap], means[tap]), s.threshold)
+            booleans = snp.boolean_matrices(fields[tap], s.threshold)
             counts = heads.cooperation_counts(booleans, num_heads)
             owned = heads.assign_labels(counts)
             generator = training.generator(seed, "head permutations", encoder)
@@ -343,17 +299,11 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             low, high = _interval(null)
             value = heads.specialisation(counts).item()
             row = {"seed": seed, "network": kind, "encoder": encoder}
-            summary = {
-                "specialisation": value,
-                "null_mean": null.mean().item(),
-                "null_low": low,
-                "null_high": high,
-                "excess": value - null.mean().item(),
-                "z": (value - null.mean().item()) / max(null.std().item(), 1e-12),
-                "unrecognised": int((owned.owner < 0).sum()),
-                "tied": int(owned.tied.sum()),
-                "median_margin": owned.margin.float().median().item(),
-            }
+            mean, spread = null.mean().item(), max(null.std().item(), 1e-12)
+            summary = {"specialisation": value, "null_mean": mean, "null_low": low, "null_high": high}
+            summary |= {"excess": value - mean, "z": (value - mean) / spread}
+            summary |= {"unrecognised": int((owned.owner < 0).sum()), "tied": int(owned.tied.sum())}
+            summary["median_margin"] = owned.margin.float().median().item()
             alone = _by_label(correct[f"heads/{tap}"].float(), labels, len(counts[0]))
             drop = None
             if ablated is not None:

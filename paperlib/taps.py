@@ -63,20 +63,15 @@ def recording(network: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Ten
     """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D)."""
     recorded: dict[str, Tensor] = {}
 
-    def keep_input(name):
-        return lambda module, args: recorded.__setitem__(name, as_nodes(args[0]))
-
-    def keep_output(name):
-        return lambda module, args, output: recorded.__setitem__(name, as_nodes(output))
+    def keep(tap: Tap):
+        return lambda module, args, *output: recorded.update({tap.name: as_nodes(output[0] if output else args[0])})
 
     hooks = []
     try:
         for tap in taps:
             module = network.get_submodule(tap.module)
-            if tap.side == "input":
-                hooks.append(module.register_forward_pre_hook(keep_input(tap.name)))
-            else:
-                hooks.append(module.register_forward_hook(keep_output(tap.name)))
+            hook = module.register_forward_pre_hook if tap.side == "input" else module.register_forward_hook
+            hooks.append(hook(keep(tap)))
         yield recorded
     finally:
         for hook in hooks:

@@ -1,9 +1,10 @@
 """Network + images + recipe -> trained network and learning curve, resumable after any epoch."""
 
 import hashlib
+import math
 import os
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from paperlib import distributed, files
+from paperlib.augmentation import published
 from paperlib.data import Images, augmented_batches, channel_statistics, normalise
 
 
@@ -30,6 +33,8 @@ class Recipe:
     label_smoothing: float
     shift: int
     flip: bool
+    augmentation: str = "light"
+    decay: str = "linear"
     precision: str = "auto"
     max_steps: int = 0
 
@@ -51,7 +56,7 @@ def seeded(seed: int, *purpose: object):
 def best_device() -> torch.device:
     """cuda, else mps, else cpu."""
     if torch.cuda.is_available():
-        return torch.device("cuda:0")
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -65,12 +70,7 @@ def fast_bf16(device_type: str) -> bool:
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=dtype)
-        best = float("inf")
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - start)
-        return best
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
 
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
@@ -82,10 +82,12 @@ def autocast(precision: str, device: torch.device):
     return nullcontext()
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Learning-rate factor in 0..1: linear rise over the first `warmup` share of the steps, then linear decay to 0."""
+def schedule(step: int, steps: int, warmup: float, decay: str = "linear") -> float:
+    """Learning-rate factor in 0..1: linear rise over the first `warmup` share of the steps, then decay to 0, linear or
+    along a cosine."""
     rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+    left = (steps - step) / max(1, steps - rise + 1)
+    return min((step + 1) / rise, left if decay == "linear" else math.sin(math.pi / 2 * min(1.0, left)) ** 2)
 
 
 def optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -100,12 +102,7 @@ def optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim
 
 
 def train(
-    network: nn.Module,
-    data: Images,
-    recipe: Recipe,
-    seed: int,
-    checkpoint: Path | None = None,
-    log: Callable[[str], None] = print,
+    network: nn.Module, data: Images, recipe: Recipe, seed: int, checkpoint: Path | None = None, log: Callable = print
 ) -> list[dict]:
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
@@ -113,8 +110,10 @@ def train(
     state is saved after each epoch (written whole or not at all) and a later call with the same recipe and seed goes on
     from there: every random number derives from (seed, purpose, epoch), so an interrupted training ends like an
     uninterrupted one. Raises ValueError for a checkpoint of another recipe, FloatingPointError with the step at which
-    the loss stopped being finite (the last good checkpoint stays).
+    the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed` every rank calls this
+    and takes its share of each batch; rank 0's checkpoint counts.
     """
+    rank, ranks = distributed.place()
     device = data.x_train.device
     mean, std = (t.to(device) for t in channel_statistics(data.x_train))
     adamw = optimizer(network, recipe.lr, recipe.weight_decay)
@@ -122,33 +121,37 @@ def train(
     steps_per_epoch = min(batches, recipe.max_steps or batches)
     steps = recipe.epochs * steps_per_epoch
     curve: list[dict] = []
+    saved = None
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if (saved := distributed.share(saved)) is not None:
         if saved["recipe"] != asdict(recipe) or saved["seed"] != seed:
             raise ValueError(f"{checkpoint} was written by another recipe or seed: delete it to train anew")
         network.load_state_dict(saved["network"])
         adamw.load_state_dict(saved["optimizer"])
         curve = saved["curve"]
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
+    parallel = distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
         network.train()
         losses = torch.zeros(steps_per_epoch, device=device)
-        stream = augmented_batches(
-            data.x_train, data.y_train, recipe.batch_size, recipe.shift, recipe.flip, generator(seed, "batches", epoch)
-        )
-        with seeded(seed, "dropout", epoch):
+        random = generator(seed, "batches", epoch)
+        strong = recipe.augmentation == "published"
+        shift, flip = (0, False) if strong else (recipe.shift, recipe.flip)
+        stream = augmented_batches(data.x_train, data.y_train, recipe.batch_size, shift, flip, random, (rank, ranks))
+        with seeded(seed, "dropout", epoch, *range(rank)):
             steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
             for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
-                lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup)
+                lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup, recipe.decay)
                 for group in adamw.param_groups:
                     group["lr"] = lr
-                with autocast(recipe.precision, device):
-                    logits = network(normalise(images, mean, std))
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-                loss.backward()
-                adamw.step()
-                adamw.zero_grad()
-                losses[step] = loss.detach()
+                share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
+                if strong:
+                    images, labels = published(images, labels, mean, std, len(data.classes))
+                else:
+                    images = normalise(images, mean, std)
+                losses[step] = training_step(parallel, adamw, images, labels, recipe, share)
+        distributed.total(losses).div_(ranks)
         # A step's loss judges the weights before it; those after the last step are looked at themselves.
         bad = (~losses.isfinite()).nonzero()
         if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
@@ -156,20 +159,32 @@ def train(
                 f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
                 "lower lr, or look for odd images"
             )
-        test = accuracy(predict(network, data.x_test, mean, std), data.y_test)
+        test = accuracy(network, data, mean, std)
         curve.append({"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test})
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
             state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}
             state |= {"network": network.state_dict(), "optimizer": adamw.state_dict()}
-            partial = checkpoint.with_suffix(".part")
-            with open(partial, "wb") as file:
+            with files.whole(checkpoint) as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, checkpoint)
     network.eval()
     return curve
+
+
+def training_step(
+    network: nn.Module, adamw: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe, share: float
+) -> Tensor:
+    """Forward, backward and update on normalised images; returns the loss, on the device, so that nothing waits.
+
+    share is the number of images in a rank's mean share of the batch, by which the sum of their losses is divided.
+    """
+    with autocast(recipe.precision, images.device):
+        logits = network(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing, reduction="sum") / share
+    loss.backward()
+    adamw.step()
+    adamw.zero_grad()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -179,9 +194,12 @@ def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch
     return torch.cat([network(normalise(batch, mean, std)) for batch in images.split(batch_size)])
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images (0..1) whose largest logit is their label's."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
+def accuracy(network: nn.Module, data: Images, mean: Tensor, std: Tensor) -> float:
+    """Share of test images (0..1) whose largest logit is their label's."""
+    rank, ranks = distributed.place()
+    logits = predict(network, data.x_test[rank::ranks], mean, std)
+    right = distributed.total((logits.argmax(dim=1) == data.y_test[rank::ranks]).sum())
+    return right.item() / len(data.y_test)
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterable:

@@ -6,25 +6,19 @@ is not tested; on the embedded data it is a demonstration, whatever the numbers 
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from paperlib.data import EMBEDDED
 
+RANDOM_NETWORK = "same network, random weights"
 DRAWS = 1000
 MIN_SEEDS = 3
 
 
 def verdict(
-    claim: str,
-    data: str,
-    statistic: str,
-    effects: list[float],
-    intervals: list[tuple[float, float]],
-    null: str,
-    null_beaten: bool,
+    claim: str, data: str, statistic: str, effects: list[float], intervals: list, null: str, null_beaten: bool
 ) -> dict:
     """One row of the verdict table: effects and their 95 % intervals, one per seed; positive is what is claimed.
 
@@ -33,16 +27,9 @@ def verdict(
     n = len(effects)
     met = all(effect > 0 and low > 0 for effect, (low, _) in zip(effects, intervals, strict=True)) and null_beaten
     uncertainty = np.std(effects, ddof=1) if n > 1 else (intervals[0][1] - intervals[0][0]) / 2
-    return {
-        "claim": claim,
-        "data": data,
-        "statistic": statistic,
-        "effect": round(float(np.mean(effects)), 6),
-        "uncertainty": round(float(uncertainty), 6),
-        "null": null,
-        "n": n,
-        "verdict": _word(met, data, n),
-    }
+    row = {"claim": claim, "data": data, "statistic": statistic}
+    row |= {"effect": round(float(np.mean(effects)), 6), "uncertainty": round(float(uncertainty), 6)}
+    return row | {"null": null, "n": n, "verdict": _word(met, data, n)}
 
 
 def _word(met: bool, data: str, n: int) -> str:
@@ -70,17 +57,8 @@ def clusters(taps: pd.DataFrame, nodes: pd.DataFrame, data: str, labels: int, th
         smallest = int(np.argmin(excess))
         effects.append(excess[smallest])
         intervals.append(_interval(draws[smallest]))
-    return [
-        verdict(
-            "C2",
-            data,
-            "raw SNR above the random network's, smallest over encoders and taps; clusters of at most L/10 labels",
-            effects,
-            intervals,
-            "same network, random weights",
-            small,
-        )
-    ]
+    statistic = "raw SNR above the random network's, smallest over encoders and taps; clusters of at most L/10 labels"
+    return [verdict("C2", data, statistic, effects, intervals, RANDOM_NETWORK, small)]
 
 
 def sharpening(
@@ -110,17 +88,8 @@ def sharpening(
             trend_low = _interval(rank_trend(draws))[0]
             intervals.append((low if trend_low > 0 else min(low, 0.0), high))
             beaten.append(point[-1] - point[0] > random[-1] - random[0] and rank_trend(point) > rank_trend(random))
-        rows.append(
-            verdict(
-                "C3",
-                data,
-                f"{statistic} of {tap}, last - first encoder; rank trend > 0",
-                effects,
-                intervals,
-                "same network, random weights",
-                all(beaten),
-            )
-        )
+        text = f"{statistic} of {tap}, last - first encoder; rank trend > 0"
+        rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, all(beaten)))
     return rows
 
 
@@ -132,21 +101,17 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
         loss, error = f"{prefix}loss", f"{prefix}loss_se"
         part = table.dropna(subset=[loss])
         candidates = []
-        for threshold, group in part.groupby("threshold"):
+        for _, group in part.groupby("threshold"):
             ours = group[group.method == "andc"]
             controls = group[group.method.isin(["random", "permuted"])].groupby(["method", "seed"])[loss].mean()
             if ours.dilution.mean() < 0.5:
                 continue
             mean = ours[loss].mean()
             bound = mean + 1.96 * math.sqrt((ours[error] ** 2).sum()) / len(ours)
-            wins = all(
-                (controls[method].reindex(ours.seed).to_numpy() > ours[loss].to_numpy()).all()
-                for method in ("random", "permuted")
-            )
+            lost = ours.set_index("seed")[loss]
+            wins = all((controls[method].reindex(lost.index) > lost).all() for method in ("random", "permuted"))
             met = mean <= 0.005 and bound <= 0.01 and wins
-            candidates.append(
-                (met, -mean, threshold, ours.dilution.mean(), mean, bound, controls.groupby("method").mean())
-            )
+            candidates.append((met, -mean, ours.dilution.mean(), mean, bound, controls.groupby("method").mean()))
         n = table.seed.nunique()
         row = {"claim": "C4", "data": data, "statistic": f"accuracy lost by ANDC of the FF layers, {when}"}
         if not candidates:
@@ -154,7 +119,7 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
             why = "no dilution of 50 % or more" if len(part) else "no network was retrained"
             rows.append({**row, "verdict": f"not tested ({why})"})
             continue
-        met, _, _, dilution, mean, bound, controls = max(candidates, key=lambda row: row[:2])
+        met, _, dilution, mean, bound, controls = max(candidates, key=lambda row: row[:2])
         null = ", ".join(f"{name} masks lose {value:.4f}" for name, value in controls.items())
         row |= {"statistic": f"{row['statistic']} (dilution {dilution:.2f})"}
         row |= {"effect": round(mean, 6), "uncertainty": round(bound - mean, 6), "null": f"equal dilution: {null}"}
@@ -166,36 +131,24 @@ def modus_vivendi(encoders: pd.DataFrame, data: str) -> list[dict]:
     """C5: heads specialise more than chance and more than a random network's heads, and a head's ablation costs its own
     labels more than the others. Two rows; both effects are means over encoders."""
     trained, random = (encoders[encoders.network == kind] for kind in ("trained", "random"))
-    seeds = sorted(encoders.seed.unique())
-    rows = []
-
-    def per_seed(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> list[float]:
-        return [float(value(table[table.seed == seed]).mean()) for seed in seeds]
-
-    excess = per_seed(trained, lambda t: t.excess)
-    beaten = all(a > b for a, b in zip(excess, per_seed(random, lambda t: t.excess), strict=True))
-    intervals = list(
-        zip(
-            per_seed(trained, lambda t: t.specialisation - t.null_high),
-            per_seed(trained, lambda t: t.specialisation - t.null_low),
-            strict=True,
-        )
-    )
-    null = "nodes permuted among heads; same network, random weights"
-    rows.append(verdict("C5", data, "excess specialisation of heads (nats)", excess, intervals, null, beaten))
-    gaps = list(zip(per_seed(trained, lambda t: t.gap_low), per_seed(trained, lambda t: t.gap_high), strict=True))
-    rows.append(
+    trained, random = (part.groupby("seed").mean(numeric_only=True) for part in (trained, random))
+    beaten = bool((trained.excess > random.excess).all())
+    bounds = (trained.specialisation - trained.null_high, trained.specialisation - trained.null_low)
+    null = f"nodes permuted among heads; {RANDOM_NETWORK}"
+    text = "accuracy drop on a silenced head's own labels - on other labels"
+    gaps = [*zip(trained.gap_low, trained.gap_high, strict=True)]
+    return [
         verdict(
             "C5",
             data,
-            "accuracy drop on a silenced head's own labels - on other labels",
-            per_seed(trained, lambda t: t.gap),
-            gaps,
-            "other labels",
-            True,
-        )
-    )
-    return rows
+            "excess specialisation of heads (nats)",
+            [*trained.excess],
+            [*zip(*bounds, strict=True)],
+            null,
+            beaten,
+        ),
+        verdict("C5", data, text, [*trained.gap], gaps, "other labels", True),
+    ]
 
 
 def rank_trend(values: np.ndarray) -> np.ndarray:
@@ -230,16 +183,11 @@ def _snr_curves(nodes: pd.DataFrame, labels: int, rng: np.random.Generator) -> t
 
 def _accuracy_curves(correct: dict, seed: int, kind: str, tap: str, rng: np.random.Generator):
     """Accuracy per encoder: (encoders,) and bootstrap samples over images (DRAWS, encoders)."""
-    names = sorted(
-        (k for k in correct if k[:2] == (seed, kind) and k[2].endswith(f".{tap}")), key=lambda k: _depth(k[2])
-    )
+    names = [name for name in correct if name[:2] == (seed, kind) and name[2].endswith(f".{tap}")]
+    names.sort(key=lambda name: int(name[2].split(".")[0]))
     right = np.stack([correct[name].numpy() for name in names], axis=1).astype(np.float32)
     draws = np.stack([right[rng.integers(len(right), size=len(right))].mean(axis=0) for _ in range(DRAWS)])
     return right.mean(axis=0), draws
-
-
-def _depth(tap: str) -> int:
-    return int(tap.split(".")[0])
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:

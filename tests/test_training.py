@@ -217,9 +217,9 @@ def test_seeded_block_repeats_and_leaves_nothing_behind():
 # --- schedule and optimizer
 
 
-@given(st.integers(1, 400), st.floats(0, 1))
-def test_schedule_rises_to_1_and_falls(steps, warmup):
-    factors = [training.schedule(step, steps, warmup) for step in range(steps)]
+@given(st.integers(1, 400), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+def test_schedule_rises_to_1_and_falls(steps, warmup, decay):
+    factors = [training.schedule(step, steps, warmup, decay) for step in range(steps)]
     assert max(factors) == pytest.approx(1) and min(factors) > 0
     peak = factors.index(max(factors))
     assert abs(peak + 1 - warmup * steps) <= 0.5 + 1e-9 or (peak == 0 and warmup * steps < 1)
@@ -316,8 +316,11 @@ def test_predictions_are_in_order_and_without_dropout():
 
 
 def test_accuracy_is_the_share_of_right_answers():
-    logits = torch.tensor([[0.1, 0.9], [2.0, 1.0], [-1.0, -2.0], [0.0, 5.0]])
-    assert training.accuracy(logits, torch.tensor([1, 0, 1, 1])) == 0.75
+    data, network = toy(n_test=50), small()
+    mean, std = channel_statistics(data.x_train)
+    right = (training.predict(network, data.x_test, mean, std).argmax(dim=1) == data.y_test).tolist()
+    assert 0 < sum(right) < 50
+    assert training.accuracy(network, data, mean, std) == sum(right) / 50
 
 
 if __name__ == "__main__":  # the process that is killed, in the middle of epoch 3

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 # blocks -> (embedding width d, heads, FF width / d), as in the reference implementation
 SIZES = {
-    2: (128, 2, 1),
-    4: (128, 2, 1),
-    6: (256, 4, 2),
-    7: (256, 4, 2),
-    8: (256, 4, 2),
-    14: (384, 6, 3),
-    16: (384, 6, 3),
-}
+    2: (128, 2, 1), 4: (128, 2, 1), 6: (256, 4, 2), 7: (256, 4, 2), 8: (256, 4, 2), 14: (384, 6, 3), 16: (384, 6, 3),
+}  # fmt: skip
 POSITIONAL_EMBEDDINGS = ("learnable", "sine", "none")
 
 
@@ -106,27 +100,17 @@ class Tokenizer(nn.Module):
 
     def __init__(self, kernel: int, convs: int, width: int, channels: int, hidden: int = 64):
         super().__init__()
-        self.kernel = kernel
         planes = [channels] + [hidden] * (convs - 1) + [width]
-        self.conv_layers = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(a, b, kernel, max(1, kernel // 2 - 1), max(1, kernel // 2), bias=False),
-                    nn.ReLU(),
-                    nn.MaxPool2d(3, stride=2, padding=1),
-                )
-                for a, b in pairwise(planes)
-            )
-        )
+        self.conv_layers = nn.Sequential()
+        for a, b in pairwise(planes):
+            conv = nn.Conv2d(a, b, kernel, max(1, kernel // 2 - 1), max(1, kernel // 2), bias=False)
+            self.conv_layers.append(nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)))
 
+    @torch.no_grad()
     def tokens(self, image_size: int) -> int:
         """Number of tokens of a square image."""
-        side = image_size
-        for layer in self.conv_layers:
-            conv = layer[0]
-            side = (side + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
-            side = (side - 1) // 2 + 1
-        return side * side
+        weight = self.conv_layers[0][0].weight
+        return self(weight.new_zeros(1, weight.shape[1], image_size, image_size)).shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_layers(x).flatten(2).transpose(1, 2)
@@ -168,7 +152,10 @@ class TransformerClassifier(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens plus position, what encoder 1 reads: (B, N, d) -> (B, N, d)."""
-        return self.dropout(tokens if self.positional_emb is None else tokens + self.positional_emb)
+        if self.positional_emb is not None:
+            # In the tokens' precision: a sum with fp32 positions would put the whole stream of a bf16 step into fp32.
+            tokens = tokens + self.positional_emb.to(tokens.dtype)
+        return self.dropout(tokens)
 
     def classify(self, stream: Tensor) -> Tensor:
         """The last encoder's output (B, N, d) -> logits (B, labels), through LayerNorm, SeqPool and the classifier."""

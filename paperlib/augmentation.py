@@ -1,0 +1,33 @@
+"""The augmentation of CCT's published recipe, from torchvision's transforms, in batches on the device.
+
+Random crop of 80 to 100 %, mirror, RandAugment (2 operations of magnitude 9), erasing of a quarter, then mixup (0.8) or
+cutmix (1.0) (CCT). torchvision draws once for a whole tensor, so each chunk of `CHUNK` images shares its crop,
+operations and erased rectangle (choice: the recipe draws for each image, and its magnitudes are timm's, with noise).
+Random numbers come from torch's global CPU generator.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from paperlib.data import normalise
+
+CHUNK = 8
+
+
+@cache
+def _transforms(size: int, num_labels: int):
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), antialias=True)
+    pixels = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=9)])
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_labels), v2.CutMix(alpha=1.0, num_classes=num_labels)])
+    return pixels, v2.RandomErasing(p=0.25), mix
+
+
+def published(images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """uint8 images (b, 3, S, S), labels (b,) -> normalised images, label probabilities (b, L)."""
+    pixels, erase, mix = _transforms(images.shape[-1], num_labels)
+    chunks = [erase(normalise(pixels(chunk), mean, std)) for chunk in images.split(CHUNK)]
+    return mix(torch.cat(chunks), labels)

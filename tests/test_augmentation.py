@@ -1,0 +1,57 @@
+"""The published recipe's augmentation: shapes, soft labels, chunks, repeatability."""
+
+import pytest
+import torch
+
+from paperlib.augmentation import CHUNK, published
+from paperlib.training import seeded
+
+MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+
+
+def batch(n=4 * CHUNK, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator), torch.arange(n) % 5
+
+
+def augmented(seed, n=4 * CHUNK):
+    with seeded(seed):
+        return published(*batch(n), MEAN, STD, 5)
+
+
+@pytest.mark.parametrize("n", [1, CHUNK, 3 * CHUNK + 3])
+def test_shapes_and_probabilities(n):
+    images, labels = augmented(0, n)
+    assert images.shape == (n, 3, 16, 16) and images.dtype == torch.float32
+    assert labels.shape == (n, 5)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(n))
+    assert (labels >= 0).all()
+
+
+def test_same_seed_same_batch():
+    for one, again, other in zip(augmented(1), augmented(1), augmented(2), strict=True):
+        assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_labels_are_those_of_the_two_images_that_are_mixed():
+    """mixup and cutmix blend image i with image i - 1, and nothing else."""
+    shares = []
+    for seed in range(20):
+        with seeded(seed):
+            _, mixed = published(*batch(5), MEAN, STD, 5)  # image i has label i
+        pairs = mixed[range(5), range(5)] + mixed[range(5), [4, 0, 1, 2, 3]]
+        torch.testing.assert_close(pairs, torch.ones(5))
+        shares.append(mixed[0, 0].item())
+    assert len({round(share, 4) for share in shares}) > 10
+
+
+def test_chunks_are_drawn_apart():
+    """Equal images in two chunks come out differently, within a chunk alike (mixup of equal images changes nothing)."""
+    one, _ = batch(1)
+    images = one.expand(2 * CHUNK, -1, -1, -1)
+    different = 0
+    for seed in range(10):
+        with seeded(seed):
+            result, _ = published(images, torch.zeros(2 * CHUNK, dtype=torch.long), MEAN, STD, 2)
+        different += not torch.allclose(result[1], result[CHUNK + 1], atol=1e-3)
+    assert different >= 8

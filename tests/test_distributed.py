@@ -1,0 +1,74 @@
+"""Two gloo ranks give the result of one process: networks, learning curve, class means, answers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from paperlib import readouts, runs, stages
+from paperlib.data import channel_statistics
+from paperlib.models import cct
+from paperlib.taps import cct_taps
+
+SETTINGS = {"limit": 200, "epochs": 2, "batch_size": 48, "precision": "fp32", "flip": True}  # last batch: 8 images
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_network_of_one(folders):
+    words = [f"{name}={str(value).lower()}" for name, value in SETTINGS.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "paperlib.distributed", "quick", "--set", *words]
+    environment = os.environ | {"PAPERLIB_RUNS": str(folders / "two"), "OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.run(launch, env=environment, cwd=runs.root(), capture_output=True, text=True, timeout=300)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("epoch 2/2") == 1  # one rank speaks
+    assert second.returncode == 0 and "unchanged, not computed again" in second.stdout
+    alone = stages.train(runs.open_run("quick", SETTINGS), seed=0)
+    folder = folders / "two" / "quick" / "stages" / "train-seed0" / alone.folder.name
+    together = runs.Artefact(folder, "", 0.0)
+    for name, weights in alone.tensors("weights").items():
+        if name.endswith("attention_pool.bias"):
+            continue  # a softmax does not see it: its gradient is rounding alone, which Adam scales up
+        assert torch.allclose(weights, together.tensors("weights")[name], atol=2e-4), name
+    assert (alone.table("curve") - together.table("curve")).abs().max().max() < 0.02
+    assert abs(alone.table("curve").loss - together.table("curve").loss).max() < 1e-4
+
+
+def measured(network, images, labels):
+    places = cct_taps(network, ["attn", "block"])
+    generator = torch.Generator().manual_seed(0)
+    weights = {place.name: torch.randn(5, 16, 128, generator=generator) for place in places}
+    return readouts.measure(network, places, weights, images, labels, *channel_statistics(images))
+
+
+def small_case():
+    torch.manual_seed(0)
+    network = cct("cct_2_3x2", num_classes=5, image_size=16)
+    return network, torch.randint(0, 256, (31, 3, 16, 16), dtype=torch.uint8), torch.arange(31) % 5
+
+
+def one_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    result = measured(*small_case())
+    if rank == 1:  # every rank has the whole result
+        answers = result.correct | {f"heads/{name}": value for name, value in result.head_correct.items()}
+        torch.save({"means": result.class_means, "answers": answers}, folder / "result.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_measure_what_one_measures(tmp_path):
+    mp.spawn(one_rank, args=(tmp_path,), nprocs=2)
+    both = torch.load(tmp_path / "result.pt", weights_only=True)
+    alone = measured(*small_case())
+    for name, means in alone.class_means.items():
+        assert torch.allclose(means, both["means"][name], atol=1e-5)
+    answers = alone.correct | {f"heads/{name}": value for name, value in alone.head_correct.items()}
+    assert answers.keys() == both["answers"].keys()
+    assert all(torch.equal(value, both["answers"][name]) for name, value in answers.items())
