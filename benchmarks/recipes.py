@@ -16,17 +16,19 @@ import torch.nn.functional as F
 
 from paperlib import data, models, runs, training
 
+ADAMW = training.optimizer
+
 
 class MuonAndAdamW:
     """torch.optim.Muon for the weight matrices of the encoders, AdamW for the rest, with AdamW's learning rate."""
 
     def __init__(self, network, lr, weight_decay):
         hidden = [p for name, p in network.named_parameters() if ".blocks." in name and p.ndim == 2]
-        rest = [p for p in network.parameters() if all(p is not other for other in hidden)]
-        self.parts = [
-            torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True),
-        ]
+        rest = ADAMW(network, lr, weight_decay)  # as in the base, without the matrices that Muon takes
+        taken = {id(p) for p in hidden}
+        for group in rest.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        self.parts = [torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), rest]
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self):

@@ -59,14 +59,15 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
 
 def main() -> int:
     root = runs.root()
+    notebooks = {}
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        source, executed = (
-            nbformat.read(file, as_version=4) for file in (path, runs.folder_of("runs") / "quick" / path.name)
-        )
+        executed = runs.folder_of("runs") / "quick" / path.name
         try:
-            nbformat.write(with_outputs(source, executed), path)
-        except ValueError as error:
+            notebooks[path] = with_outputs(*(nbformat.read(file, as_version=4) for file in (path, executed)))
+        except (ValueError, OSError) as error:
             sys.exit(f"{path.name}: {error}")
+    for path, notebook in notebooks.items():
+        nbformat.write(notebook, path)
     summary = json.loads((root / "figures" / "quick" / "summary.json").read_text(encoding="utf-8"))
     page = root / "README.md"
     runs.write_text(page, with_table(page.read_text(encoding="utf-8"), verdict_table(summary)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from paperlib import runs
@@ -112,6 +113,8 @@ def _execute(notebook: Path, folder: Path, figures: Path, profile: str, changes:
             )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue} (all of it: {folder / notebook.name})"
+    except DeadKernelError:
+        return "its kernel died, most likely for lack of memory"
     except TimeoutError:
         return f"stopped after the profile's time limit of {minutes} minutes: raise it with --set minutes=..."
     if not summary.exists() or summary.stat().st_mtime_ns == before:

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ class Images:
         for labels in (self.y_train, self.y_test):
             digest.update(labels.numpy())
         return digest.hexdigest()
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the training images' channels (see `channel_statistics`), on their device."""
+        mean, std = channel_statistics(self.x_train)
+        return mean.to(self.x_train.device), std.to(self.x_train.device)
 
     def to(self, device: torch.device | str) -> "Images":
         tensors = {key: getattr(self, key).to(device) for key in ("x_train", "y_train", "x_test", "y_test")}
@@ -100,6 +107,8 @@ def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     validation split.
     """
     order, rank, counts = _ranked(labels)
+    if counts.min() < 2:
+        raise ValueError(f"label {counts.argmin()} has one training image, but two are needed: one of them is held out")
     cut = (counts - (counts * fraction).round().long()).clamp(min=1).minimum(counts - 1)
     last = rank >= cut[labels[order]]
     return order[~last].sort().values, order[last].sort().values
@@ -109,7 +118,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each colour channel over all pixels, both (3, 1, 1) float32 in 0..1."""
     total = torch.zeros(3, dtype=torch.float64)
     squares = torch.zeros(3, dtype=torch.float64)
-    for chunk in images.split(2048):
+    for chunk in images.split(256):
         pixels = chunk.cpu().double() / 255  # not every device has float64
         total += pixels.sum(dim=(0, 2, 3))
         squares += pixels.square().sum(dim=(0, 2, 3))
@@ -223,11 +232,8 @@ def _flowers102(root: Path, image_size: int) -> tuple:
         ) from error
     arrays = []
     for parts in ((train, validation), (test,)):
-        pairs = [pair for part in parts for pair in part]
-        arrays += [
-            np.stack([_square(image, image_size) for image, _ in pairs]),
-            np.array([label for _, label in pairs]),
-        ]
+        pairs = [(_square(image, image_size), label) for part in parts for image, label in part]  # small at once
+        arrays += [np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])]
     return *arrays, train.classes
 
 

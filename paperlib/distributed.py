@@ -9,6 +9,7 @@ chance). Rank 0 keeps the run folder; the notebooks then find the networks there
 
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser().parse_args(arguments)
     try:
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                "start this with torchrun, e.g. torchrun --nproc-per-node 8 -m paperlib.distributed cifar100"
+            )
         changes = changes_of(options)
         runs.load_settings(options.profile, changes)
     except (ValueError, OSError) as error:
@@ -58,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The other ranks wait while the first one downloads the data.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     try:
         rank, _ = place()
         # Rank 0 first, so that what has to be downloaded is downloaded once.
@@ -72,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             elif share(None):  # rank 0 is about to train
                 network, images = stages.build_network(run, seed), run.images.to(training.best_device())
                 training.train(network, images, stages.recipe(run), seed, log=lambda line: None)
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         dist.destroy_process_group()
     return 0

@@ -42,7 +42,7 @@ def train_readouts(
 ) -> dict[str, Tensor]:
     """Train a readout on each tap of a frozen network: uint8 images, labels -> tap name -> weight (L, T, D), fp32.
 
-    A readout is linear, without bias, from all T*D activations to the L labels (family). It is the minimum of mean
+    A readout is linear, without bias, from all T*D activations to the L labels (family). It aims at the minimum of mean
     cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
     into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice).
     """
@@ -83,8 +83,7 @@ def train_readouts(
 def _gradient(weight: Tensor, features: Tensor, scale: float, labels: Tensor) -> Tensor:
     """Fill weight.grad with the gradient of the mean cross-entropy of (features / scale) @ weight.T; return that loss.
 
-    Written out, (softmax - one-hot)^T features, because autograd would divide and copy the features and allocate a
-    gradient of the weight's size at each step.
+    Written out, because autograd would copy the features and allocate a gradient of the weight's size at each step.
     """
     logits = F.linear(features, weight) / scale
     loss = F.cross_entropy(logits, labels)
@@ -131,7 +130,7 @@ def measure(
         size = len(next(iter(batch.values())))
         batch_labels = labels[start : start + size]
         start += size
-        counts += batch_labels.bincount(minlength=len(counts))
+        counts.index_add_(0, batch_labels, torch.ones_like(batch_labels))
         for tap in taps:
             class_sums(sums[tap.name], batch[tap.name], batch_labels)
             if tap.heads:

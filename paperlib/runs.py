@@ -30,6 +30,7 @@ from paperlib import data, files, models, taps, training
 
 # YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
 Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
+Rate = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
 
@@ -45,8 +46,8 @@ class Settings(BaseModel):
     model: str = Field(description="network: cct_<blocks>_<kernel>x<convs>")
     heads: int = Field(ge=0, description="attention heads (0: the model's own number)")
     positional_embedding: Literal["learnable", "sine", "none"] = Field(description="positions of the tokens")
-    attention_dropout: Share = Field(description="dropout of attention weights")
-    stochastic_depth: Share = Field(description="drop rate of the last block's branches, rising linearly from 0")
+    attention_dropout: Rate = Field(description="dropout of attention weights")
+    stochastic_depth: Rate = Field(description="drop rate of the last block's branches, rising linearly from 0")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is trained for each")
     epochs: int = Field(ge=1, description="epochs of training")
     batch_size: int = Field(ge=1, description="images in a training step")
@@ -96,6 +97,11 @@ def folder_of(kind: str) -> Path:
     return (root() / os.environ.get(f"PAPERLIB_{kind.upper()}", kind)).resolve()
 
 
+def _located(name: str) -> str:
+    """A data set's name, with the path of folder:<path> counted from the project, wherever a notebook runs."""
+    return f"folder:{root() / Path(name.removeprefix('folder:')).expanduser()}" if name.startswith("folder:") else name
+
+
 def profiles() -> list[str]:
     """Names of the profiles, as used on the command line."""
     return sorted(path.stem for path in (root() / "notebooks" / "profiles").glob("*.yaml"))
@@ -119,7 +125,9 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
         raise ValueError(f"parameter {name!r}: {first['msg'].lower()}, not {first['input']!r}") from None
     if not {"attn", "block"} <= set(settings.taps):
         raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
-    data.check_name(settings.data)
+    data.check_name(_located(settings.data))
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
     with training.seeded(0):  # finds a wrong model, number of heads or tap
         taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), settings.taps)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
@@ -246,7 +254,7 @@ class Run:
 def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     """Check the settings, load the data, and open (or make) the folders of a run. Raises ValueError or OSError."""
     settings = load_settings(profile, changes)
-    images = data.limit(data.load(settings.data, folder_of("data"), settings.image_size), settings.limit)
+    images = data.limit(data.load(_located(settings.data), folder_of("data"), settings.image_size), settings.limit)
     run = Run(profile, settings, images, folder_of("runs") / profile, folder_of("figures") / profile)
     for folder in (run.folder, run.figures):
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,15 +15,14 @@ from torch import Tensor
 def class_means(activations: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     """Mean activation of each label's images: (n, T, D), (n,) -> (L, T, D). ValueError if a label has none."""
     sums = activations.new_zeros(num_labels, *activations.shape[1:])
-    counts = class_sums(sums, activations, labels)
-    return means_of(sums, counts)
+    class_sums(sums, activations, labels)
+    return means_of(sums, labels.bincount(minlength=num_labels))
 
 
-def class_sums(sums: Tensor, activations: Tensor, labels: Tensor) -> Tensor:
-    """Add a batch to `sums` (L, T, D) in place; return the images added per label (L,). Sums add up across batches and
-    devices, so one pass over the data serves all nodes at once."""
+def class_sums(sums: Tensor, activations: Tensor, labels: Tensor) -> None:
+    """Add a batch (n, T, D) to `sums` (L, T, D) in place. Sums add up across batches and devices, so one pass over the
+    data serves all nodes at once."""
     sums.index_add_(0, labels, activations)
-    return labels.bincount(minlength=len(sums))
 
 
 def means_of(sums: Tensor, counts: Tensor) -> Tensor:
@@ -153,17 +152,16 @@ def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
     labels, clusters, internal, external = (float(total.sum()) for total in totals)
     pairs = num_labels * (num_labels - 1)
     signal, noise, noise_external = labels / num_labels, (internal + external) / pairs, external / pairs
+    per_node = {"clusters_per_node": clusters, "labels_per_node": labels}
+    per_node |= {"internal_noise": internal, "external_noise": external}
     return TapStatistics(
         signal=signal,
         noise=noise,
         snr=_quotient(signal, noise),
         snr_external=_quotient(signal, noise_external),
-        clusters_per_node=_quotient(clusters, count),
         pooled_cluster_size=_quotient(labels, clusters),
-        labels_per_node=_quotient(labels, count),
-        internal_noise=_quotient(internal, count),
-        external_noise=_quotient(external, count),
         nodes_with_cluster=_quotient(float((nodes.clusters > 0).sum()), count),
+        **{name: _quotient(value, count) for name, value in per_node.items()},
     )
 
 

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from paperlib import andc, distributed, figures, heads, models, readouts, snp, taps, training
-from paperlib.data import Images, channel_statistics, held_out, normalise
+from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_table, save_tensors
+from paperlib.verdicts import interval
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
 FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
@@ -89,7 +90,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         s = run.settings
         images = run.images.to(training.best_device())
-        mean, std = (t.to(images.x_train.device) for t in channel_statistics(run.images.x_train))
+        mean, std = images.statistics
         kept, held = held_out(run.images.y_train, s.held_out)
         places = taps.cct_taps(network, kinds)
         x, y, labels = images.x_train[kept], images.y_train[kept], len(images.classes)
@@ -246,14 +247,13 @@ def _masks(network: nn.Module, sets: dict[str, Tensor], seed: int, draws: int):
 
 
 def _right_answers(network: nn.Module, images: Images) -> Tensor:
-    mean, std = (t.to(images.x_train.device) for t in channel_statistics(images.x_train))
-    return training.predict(network, images.x_test, mean, std).argmax(dim=1) == images.y_test
+    return training.predict(network, images.x_test, *images.statistics).argmax(dim=1) == images.y_test
 
 
 def _loss(prefix: str, intact: Tensor, pruned: Tensor | None) -> dict[str, float]:
     """Accuracy, its loss and the loss's standard error over images; nan for a network that was not made."""
     if pruned is None:
-        pruned = torch.full(intact.shape, math.nan)
+        pruned = torch.full_like(intact, math.nan, dtype=torch.float)
     drop = intact.float() - pruned.float()
     return {
         f"{prefix}accuracy": pruned.float().mean().item(),
@@ -262,16 +262,18 @@ def _loss(prefix: str, intact: Tensor, pruned: Tensor | None) -> dict[str, float
     }
 
 
-def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Stage for every network: (label x head counts, one row per encoder of specialisation and ablation).
+def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Stage for every network: (label x head counts, specialisation and ablation per encoder, their means over them).
 
     First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
     label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
     network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
-    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other), gap_low, gap_high (95 % over images).
+    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`). Third:
+    seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and over test images.
     """
     both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
-    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in ("labels", "encoders"))
+    tables = ("labels", "encoders", "overall")
+    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in tables)
 
 
 def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
@@ -288,7 +290,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         num_heads = network.classifier.blocks[0].self_attn.heads
         fields, correct = source.tensors("fields_test"), source.tensors("correct")
         intact, ablated = _ablations(network, run.images) if kind == "trained" else (None, None)
-        label_rows, encoder_rows = [], []
+        label_rows, encoder_rows, nulls, gaps = [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
             booleans = snp.boolean_matrices(fields[tap], s.threshold)
@@ -296,7 +298,8 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             owned = heads.assign_labels(counts)
             generator = training.generator(seed, "head permutations", encoder)
             null = heads.permutation_null(snp.diagonal_labels(booleans), num_heads, s.permutations, generator)
-            low, high = _interval(null)
+            nulls.append(null)
+            low, high = interval(null)
             value = heads.specialisation(counts).item()
             row = {"seed": seed, "network": kind, "encoder": encoder}
             mean, spread = null.mean().item(), max(null.std().item(), 1e-12)
@@ -308,7 +311,10 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             drop = None
             if ablated is not None:
                 drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owned.owner)
-                summary |= _gap(drop, own, training.generator(seed, "ablation bootstrap", encoder))
+                # The same test images are drawn for every encoder, so that draws can be averaged over encoders.
+                mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
+                summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
+                gaps.append(draws)
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
@@ -318,6 +324,14 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             encoder_rows.append(row | summary)
         save_table(folder / "labels.csv", pd.concat(label_rows))
         save_table(folder / "encoders.csv", encoder_rows)
+        mean = pd.DataFrame(encoder_rows).mean(numeric_only=True)
+        low, high = interval(torch.stack(nulls).mean(dim=0))
+        overall = {"seed": seed, "network": kind, "excess": mean.excess}
+        overall |= {"excess_low": mean.specialisation - high, "excess_high": mean.specialisation - low}
+        if gaps:
+            low, high = interval(torch.stack(gaps).mean(dim=0))
+            overall |= {"gap": mean.gap, "gap_low": low, "gap_high": high}
+        save_table(folder / "overall.csv", [overall])
 
     config = run.config("threshold", "permutations") | {"seed": seed}
     return run.stage(f"heads-{kind}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
@@ -325,11 +339,10 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
 
 def _ablations(network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
     """Right answers on the test images: of the intact network (n,), and with each head silent (encoders, H, n)."""
-    device = training.best_device()
-    mean, std = (t.to(device) for t in channel_statistics(images.x_train))
+    device, (mean, std) = training.best_device(), images.statistics
     intact, ablated = [], []
     for batch, labels in zip(images.x_test.split(256), images.y_test.split(256), strict=True):
-        pixels = normalise(batch.to(device), mean, std)
+        pixels = normalise(batch, mean, std).to(device)
         with torch.no_grad():
             intact.append(network(pixels).argmax(dim=1).cpu() == labels)
         ablated.append(heads.ablation_logits(network, pixels).argmax(dim=3).cpu() == labels)
@@ -339,21 +352,3 @@ def _ablations(network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
 def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     """Mean of each column over each label's images: (n, H), (n,) -> (L, H)."""
     return snp.class_means(values[:, None, :], labels, num_labels)[:, 0]
-
-
-def _gap(drop: Tensor, own: Tensor, generator: torch.Generator, draws: int = 1000) -> dict[str, float]:
-    """Mean accuracy drop on heads' own labels, on the others, and the gap with a bootstrap interval over images."""
-    drop, own = drop.double(), own.double()
-    per_image = torch.stack([(drop * own).sum(0), own.sum(0), (drop * (1 - own)).sum(0), (1 - own).sum(0)], dim=1)
-    n = len(per_image)
-    samples = torch.stack([per_image[torch.randint(n, (n,), generator=generator)].sum(0) for _ in range(draws)])
-    gaps = samples[:, 0] / samples[:, 1].clamp(min=1) - samples[:, 2] / samples[:, 3].clamp(min=1)
-    total = per_image.sum(0)
-    own, other = (total[0] / total[1].clamp(min=1)).item(), (total[2] / total[3].clamp(min=1)).item()
-    low, high = _interval(gaps)
-    return {"own_drop": own, "other_drop": other, "gap": own - other, "gap_low": low, "gap_high": high}
-
-
-def _interval(draws: Tensor) -> list[float]:
-    """The middle 95 % of some draws."""
-    return draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()

@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 
 from paperlib import distributed, files
 from paperlib.augmentation import published
-from paperlib.data import Images, augmented_batches, channel_statistics, normalise
+from paperlib.data import Images, augmented_batches, normalise
+
+torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ def autocast(precision: str, device: torch.device):
 
 
 def schedule(step: int, steps: int, warmup: float, decay: str = "linear") -> float:
-    """Learning-rate factor in 0..1: linear rise over the first `warmup` share of the steps, then decay to 0, linear or
-    along a cosine."""
+    """Learning-rate factor in 0..1: linear rise in the first `warmup` of the steps, then linear or cosine decay."""
     rise = max(1, round(warmup * steps))
     left = (steps - step) / max(1, steps - rise + 1)
     return min((step + 1) / rise, left if decay == "linear" else math.sin(math.pi / 2 * min(1.0, left)) ** 2)
@@ -115,7 +116,7 @@ def train(
     """
     rank, ranks = distributed.place()
     device = data.x_train.device
-    mean, std = (t.to(device) for t in channel_statistics(data.x_train))
+    mean, std = data.statistics
     adamw = optimizer(network, recipe.lr, recipe.weight_decay)
     batches = -(-len(data.x_train) // recipe.batch_size)
     steps_per_epoch = min(batches, recipe.max_steps or batches)

@@ -50,6 +50,11 @@ def test_held_out_are_the_last_of_every_label(labels, fraction):
         assert abs(count - len(mine) * fraction) <= 0.5 + 1e-6 or count in (1, len(mine) - 1)
 
 
+def test_a_label_with_one_image_cannot_be_held_out(refuses):
+    with refuses("label 2 has one training image"):
+        data.held_out(torch.tensor([0, 0, 1, 1, 2]), 0.5)
+
+
 def test_held_out_is_balanced_and_exact():
     labels = torch.arange(100).repeat(10)
     kept, held = data.held_out(labels, 0.1)

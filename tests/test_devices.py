@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from paperlib import readouts, snp
+from paperlib import readouts, snp, stages
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.models import cct
 from paperlib.taps import cct_taps, recording
@@ -74,3 +74,23 @@ def test_training_loop(cuda, monkeypatch):
     recipe = Recipe(1, 8, 1e-3, 0.0, 0.1, 0.1, 2, True, precision="fp32")
     with pytest.raises(DynamicOutputShapeException):
         train(network, data, recipe, seed=0)  # runs a whole epoch; only then does it look at the losses' values
+
+
+def test_what_pruning_measures(cuda):
+    """A network that was not retrained gives nan on the device of the one it is compared with."""
+    intact = torch.empty(8, dtype=torch.bool, device=cuda)
+    for pruned in (intact, None):
+        with pytest.raises(DataDependentOutputException):
+            stages._loss("", intact, pruned)  # gets as far as reading the first number
+
+
+def test_measuring(cuda):
+    network = fake_network(cuda)
+    places = cct_taps(network, ["attn", "block"])
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
+    with recording(network, places) as recorded, torch.no_grad():
+        network(images.float())
+    weights = {name: recorded[name].new_empty(10, *recorded[name].shape[1:]) for name in recorded}
+    mean = std = torch.empty(3, 1, 1, device=cuda)
+    with pytest.raises(DataDependentOutputException):  # whether each label has an image: the last thing it does
+        readouts.measure(network, places, weights, images, torch.empty(8, dtype=torch.long, device=cuda), mean, std)

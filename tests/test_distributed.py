@@ -60,6 +60,7 @@ def one_rank(rank, folder):
     if rank == 1:  # every rank has the whole result
         answers = result.correct | {f"heads/{name}": value for name, value in result.head_correct.items()}
         torch.save({"means": result.class_means, "answers": answers}, folder / "result.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

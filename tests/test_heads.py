@@ -210,3 +210,26 @@ def test_drops_by_hand():
     drop, own = heads.ablation_drops(intact, ablated, labels, torch.tensor([0, 1, -1]))
     assert drop.tolist() == [[1, 0, -1, 0], [0, 1, 0, 0]]
     assert own.tolist() == [[True, False, False, False], [False, True, False, True]]
+
+
+def test_a_head_that_matters_for_all_labels_alike_is_no_expert():
+    """Head 0 owns 80 of 100 labels and its ablation costs 20 % of every label, head 1 owns 20 and costs nothing."""
+    labels = torch.arange(100).repeat(10)
+    owner = (torch.arange(100) >= 80).long()
+    ablated = torch.ones(2, 1000, dtype=torch.bool)
+    ablated[0, :200] = False  # the first two images of each label
+    drop, own = heads.ablation_drops(torch.ones(1000, dtype=torch.bool), ablated, labels, owner)
+    mine, other, draws = heads.own_label_drops(drop, own, torch.Generator().manual_seed(0))
+    assert mine == pytest.approx(0.16) and other == pytest.approx(0.16)
+    assert draws.shape == (1000,) and abs(draws.mean()) < 0.005 and 0.01 < draws.std() < 0.05
+
+
+def test_an_expert_is_found():
+    """Without head 1, half of its own label's images are lost; head 0 owns nothing and costs nothing."""
+    labels, owner = torch.arange(4).repeat(50), torch.tensor([-1, -1, -1, 1])
+    ablated = torch.ones(2, 200, dtype=torch.bool)
+    ablated[1, (labels == 3) & (torch.arange(200) < 100)] = False
+    drop, own = heads.ablation_drops(torch.ones(200, dtype=torch.bool), ablated, labels, owner)
+    mine, other, draws = heads.own_label_drops(drop, own, torch.Generator().manual_seed(0))
+    assert (mine, other) == (0.5, 0.0)
+    assert draws.min() > 0.2 and abs(draws.mean() - 0.5) < 0.02

@@ -1,9 +1,11 @@
 """Stages: done once, computed again for a stated reason, never torn, never over an older artefact."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from paperlib import runs
 from paperlib.data import Images
@@ -130,3 +132,20 @@ def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.write_text(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_relative_folder_counts_from_the_project(folders, monkeypatch):
+    """Notebooks run in notebooks/, the command line in the project or below it."""
+    project = folders / "project"
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            place = project / "pictures" / part / label
+            place.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (number * 99, 0, 0)).save(place / f"{number}.png")
+    shutil.copytree(runs.root() / "notebooks", project / "notebooks")
+    (project / "pyproject.toml").touch()
+    for where in (project, project / "notebooks"):
+        monkeypatch.chdir(where)
+        run = runs.open_run("quick", {"data": "folder:pictures", "image_size": 24})
+        assert run.images.classes == ("a", "b") and len(run.images.x_train) == 4

@@ -24,11 +24,6 @@ def nodes_table(seeds, trained, random, spread=0.0):
     return pd.concat(rows, ignore_index=True)
 
 
-def taps_table(nodes, cluster_size=2.0):
-    table = nodes.groupby(["seed", "network", "encoder", "tap"], as_index=False).external.mean()
-    return table.assign(threshold=0.3, centred=False, pooled_cluster_size=cluster_size)
-
-
 def answers(seeds, trained, random):
     """Right answers of 2,000 images for accuracies along the encoders."""
     return {
@@ -52,21 +47,31 @@ RISING, FLAT = [2.0, 2.5, 3.0, 4.0], [1.3, 1.3, 1.3, 1.3]
 )
 def test_who_may_say_supported(seeds, data, word):
     nodes = nodes_table(seeds, RISING, FLAT, spread=0.1)
-    (row,) = verdicts.clusters(taps_table(nodes), nodes, data, L, 0.3)
-    assert row["verdict"] == word
+    row, size = verdicts.clusters(nodes, data, L)
+    assert row["verdict"] == size["verdict"] == word
     assert row["n"] == seeds
     assert row["effect"] == pytest.approx(0.7, abs=0.1)
 
 
 def test_clusters_must_be_small():
-    nodes = nodes_table(3, RISING, FLAT)
-    (row,) = verdicts.clusters(taps_table(nodes, cluster_size=11.0), nodes, "cifar100", L, 0.3)
-    assert row["verdict"] == "not supported"
+    nodes = nodes_table(3, RISING, FLAT).assign(labels=20, clusters=1.8)
+    noise, size = verdicts.clusters(nodes, "cifar100", L)
+    assert noise["verdict"] == "supported" and size["verdict"] == "not supported"
+    assert size["effect"] == pytest.approx(10 - 20 / 1.8)
+
+
+def test_one_uncertain_encoder_is_enough_to_doubt():
+    """The smallest excess is certain, but that of another encoder is not."""
+    nodes = nodes_table(3, [2.0, 2.1, 3.0, 4.0], FLAT)
+    second = (nodes.encoder == 2) & (nodes.network == "trained")  # 2 of its 200 nodes make all its noise
+    nodes.loc[second, "external"] *= np.where(nodes[second].node < 2, 100, 0)
+    row, _ = verdicts.clusters(nodes, "cifar100", L)
+    assert row["effect"] > 0 and row["verdict"] == "not supported"
 
 
 def test_clusters_need_every_encoder_above_the_null():
     nodes = nodes_table(3, [2.0, 1.2, 3.0, 4.0], FLAT)
-    (row,) = verdicts.clusters(taps_table(nodes), nodes, "cifar100", L, 0.3)
+    row, _ = verdicts.clusters(nodes, "cifar100", L)
     assert row["verdict"] == "not supported"
     assert row["effect"] < 0
 
@@ -83,7 +88,7 @@ def test_clusters_need_every_encoder_above_the_null():
 def test_sharpening_needs_trend_and_growth(curve, word):
     nodes = nodes_table(3, curve, FLAT, spread=0.1)
     correct = answers(3, [c / 10 for c in curve], [0.1] * 4)
-    rows = verdicts.sharpening(taps_table(nodes), nodes, correct, "cifar100", L, 0.3)
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L)
     assert [row["statistic"].split(",")[0] for row in rows] == [
         "accuracy of block",
         "SNR of attn",
@@ -95,11 +100,16 @@ def test_sharpening_needs_trend_and_growth(curve, word):
 
 def test_sharpening_must_exceed_the_random_networks():
     nodes = nodes_table(3, RISING, [1.0, 2.0, 3.0, 5.0], spread=0.1)
-    rows = verdicts.sharpening(
-        taps_table(nodes), nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, 0.3
-    )
+    rows = verdicts.sharpening(nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L)
     assert {row["verdict"] for row in rows[1:]} == {"not supported"}
     assert rows[0]["verdict"] == "supported"
+
+
+def test_a_tap_without_depth_has_no_row():
+    nodes = nodes_table(3, RISING, FLAT)
+    stem = nodes[(nodes.tap == "attn") & (nodes.encoder == 1)].assign(tap="stem", encoder=0)
+    rows = verdicts.sharpening(pd.concat([nodes, stem]), answers(3, [0.1] * 4, [0.1] * 4), "cifar100", L)
+    assert len(rows) == 4
 
 
 def pruning_table(seeds, loss, control_loss, dilution=0.6, error=0.001):
@@ -120,6 +130,7 @@ def pruning_table(seeds, loss, control_loss, dilution=0.6, error=0.001):
         ({"loss": 0.006, "control_loss": 0.05}, "not supported"),  # more than half a point
         ({"loss": 0.004, "control_loss": 0.003}, "not supported"),  # controls lose less
         ({"loss": 0.004, "control_loss": 0.05, "error": 0.01}, "not supported"),  # too uncertain
+        ({"loss": 0.004, "control_loss": 0.05, "error": 0.005}, "not supported"),  # seeds share their test images
         ({"loss": -0.01, "control_loss": 0.05}, "supported"),  # a gain needs no sign agreement
         ({"loss": 0.0, "control_loss": 0.05, "dilution": 0.4}, "not tested (no dilution of 50 % or more)"),
     ],
@@ -134,11 +145,14 @@ def heads_table(excess, random_excess, gap_low):
     rows = []
     for seed in range(3):
         for kind, value in (("trained", excess), ("random", random_excess)):
-            for encoder in (1, 2):
-                row = {"seed": seed, "network": kind, "encoder": encoder, "specialisation": value + 0.2}
-                row |= {"null_low": 0.15, "null_high": 0.25, "excess": value}
-                row |= {"gap": gap_low + 0.01, "gap_low": gap_low, "gap_high": gap_low + 0.02}
-                rows.append(row)
+            row = {
+                "seed": seed,
+                "network": kind,
+                "excess": value,
+                "excess_low": value - 0.05,
+                "excess_high": value + 0.05,
+            }
+            rows.append(row | {"gap": gap_low + 0.01, "gap_low": gap_low, "gap_high": gap_low + 0.02})
     return pd.DataFrame(rows)
 
 

@@ -1,5 +1,3 @@
 """The networks that are measured; nothing here knows about measuring them."""
 
-from paperlib.models.cct import cct
-
-__all__ = ["cct"]
+from paperlib.models.cct import cct as cct

@@ -96,11 +96,11 @@ def drop_path(branch: Tensor, rate: float) -> Tensor:
 
 
 class Tokenizer(nn.Module):
-    """Convolutional stem: images (B, C, S, S) -> tokens (B, N, d)."""
+    """Convolutional stem: images (B, 3, S, S) -> tokens (B, N, d)."""
 
-    def __init__(self, kernel: int, convs: int, width: int, channels: int, hidden: int = 64):
+    def __init__(self, kernel: int, convs: int, width: int, hidden: int = 64):
         super().__init__()
-        planes = [channels] + [hidden] * (convs - 1) + [width]
+        planes = [3] + [hidden] * (convs - 1) + [width]
         self.conv_layers = nn.Sequential()
         for a, b in pairwise(planes):
             conv = nn.Conv2d(a, b, kernel, max(1, kernel // 2 - 1), max(1, kernel // 2), bias=False)
@@ -136,7 +136,7 @@ class TransformerClassifier(nn.Module):
         if positional_embedding == "learnable":
             self.positional_emb = nn.Parameter(torch.empty(1, tokens, width))
         elif positional_embedding == "sine":
-            self.positional_emb = nn.Parameter(sine_embedding(tokens, width), requires_grad=False)
+            self.register_buffer("positional_emb", sine_embedding(tokens, width))
         else:
             self.positional_emb = None
         self.dropout = nn.Dropout(dropout)
@@ -188,7 +188,6 @@ def cct(
     image_size: int = 32,
     positional_embedding: str = "learnable",
     heads: int | None = None,
-    channels: int = 3,
     dropout: float = 0.0,
     attention_dropout: float = 0.1,
     stochastic_depth: float = 0.1,
@@ -212,19 +211,10 @@ def cct(
     heads = heads or default_heads
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide the width {width} of {name}: use a divisor of {width}")
-    tokenizer = Tokenizer(kernel, convs, width, channels)
-    classifier = TransformerClassifier(
-        blocks=blocks,
-        width=width,
-        heads=heads,
-        ff_width=ratio * width,
-        tokens=tokenizer.tokens(image_size),
-        num_classes=num_classes,
-        positional_embedding=positional_embedding,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        stochastic_depth=stochastic_depth,
-    )
+    tokenizer = Tokenizer(kernel, convs, width)
+    rates = (dropout, attention_dropout, stochastic_depth)
+    shape = (blocks, width, heads, ratio * width, tokenizer.tokens(image_size), num_classes)
+    classifier = TransformerClassifier(*shape, positional_embedding, *rates)
     network = CCT(tokenizer, classifier)
     network.apply(_initialise)
     if positional_embedding == "learnable":
