@@ -116,15 +116,10 @@ def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each colour channel over all pixels, both (3, 1, 1) float32 in 0..1."""
-    total = torch.zeros(3, dtype=torch.float64)
-    squares = torch.zeros(3, dtype=torch.float64)
-    for chunk in images.split(256):
-        pixels = chunk.cpu().double() / 255  # not every device has float64
-        total += pixels.sum(dim=(0, 2, 3))
-        squares += pixels.square().sum(dim=(0, 2, 3))
-    count = images.numel() / 3
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+    counts = torch.stack([images[:, channel].flatten().bincount(minlength=256) for channel in range(3)]).cpu().double()
+    share, value = counts / counts.sum(dim=1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ value
+    std = (share @ value.square() - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
     return mean.float().view(3, 1, 1), std.float().view(3, 1, 1)
 
 

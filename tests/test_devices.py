@@ -71,6 +71,7 @@ def test_training_loop(cuda, monkeypatch):
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
     labels = torch.empty(8, dtype=torch.long, device=cuda)
     data = Images("fake", images, labels, images, labels, tuple("abcdefghij"))
+    data.__dict__["statistics"] = (torch.empty(3, 1, 1, device=cuda), torch.empty(3, 1, 1, device=cuda))  # needs values
     recipe = Recipe(1, 8, 1e-3, 0.0, 0.1, 0.1, 2, True, precision="fp32")
     with pytest.raises(DynamicOutputShapeException):
         train(network, data, recipe, seed=0)  # runs a whole epoch; only then does it look at the losses' values

@@ -1,0 +1,34 @@
+"""The real data sets, where PAPERLIB_DATA has them: splits, balance and the published channel statistics."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from paperlib import data
+
+ROOT = Path(os.environ.get("PAPERLIB_DATA", "data")).resolve()
+
+
+@pytest.mark.skipif(not (ROOT / "cifar100.npz").exists(), reason="no CIFAR-100 at hand")
+def test_cifar100_is_the_published_one():
+    images = data.load("cifar100", ROOT)
+    assert images.y_train.bincount().tolist() == [500] * 100 and images.y_test.bincount().tolist() == [100] * 100
+    assert images.classes[0] == "apple" and images.classes[-1] == "worm"
+    mean, std = images.statistics
+    torch.testing.assert_close(mean.flatten(), torch.tensor([0.5071, 0.4867, 0.4408]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(std.flatten(), torch.tensor([0.2675, 0.2565, 0.2761]), atol=2e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "flowers-102").exists(), reason="no Flowers-102 at hand")
+def test_flowers102_has_the_official_splits(tmp_path):
+    (tmp_path / "flowers-102").symlink_to(ROOT / "flowers-102")  # the cache is written beside it
+    images = data.load("flowers102", tmp_path, 64)
+    assert len(images.x_train) == 2040 and len(images.x_test) == 6149 and len(images.classes) == 102
+    assert images.x_test.shape[1:] == (3, 64, 64)
+    assert images.y_train[:1020].bincount().tolist() == images.y_train[1020:].bincount().tolist() == [10] * 102
+    _, held = data.held_out(images.y_train, 0.5)
+    assert sorted(held.tolist()) == list(range(1020, 2040))  # the official validation split
+    assert (tmp_path / "flowers102-64.npz").exists()
