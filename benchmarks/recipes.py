@@ -100,7 +100,8 @@ def main() -> None:
     x, y = images.x_train, images.y_train
     images = replace(images, x_train=x[kept], y_train=y[kept], x_test=x[held], y_test=y[held])
     fields = {name: getattr(settings, name) for name in training.Recipe.__dataclass_fields__}
-    show(f"| candidate | held-out accuracy after {options.epochs} epochs | training loss | CPU minutes |", options.table)
+    accuracy = f"held-out accuracy after {options.epochs} epochs"
+    show(f"| candidate | {accuracy} | training loss | CPU minutes |", options.table)
     show("|---|---|---|---|", options.table)
     for name in options.only:
         change, prepare, optimizer = CANDIDATES[name]
