@@ -86,7 +86,7 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     labels = torch.randint(0, 100, (4 * n,), device=device)
     mean = std = torch.full((3, 1, 1), 0.5, device=device)
     batch = normalise(pixels[:n], mean, std)
-    recipe = {key: training.Recipe(1, n, 1e-3, 0.05, 0.1, 0.1, 4, True, key) for key in PRECISIONS}
+    recipe = {key: training.Recipe(1, n, 1e-3, 0.05, 0.1, 0.1, 4, True, precision=key) for key in PRECISIONS}
     ours = cct(name, num_classes=100, attention_dropout=0.0, stochastic_depth=0.0)
     ours = ours.to(device, memory_format=torch.channels_last).train()
     tokens, flops = ours.tokenizer.tokens(32), flops_per_step(ours, batch)

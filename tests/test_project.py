@@ -140,7 +140,8 @@ def test_commands_of_the_pages_are_accepted(line, monkeypatch):
     """./run_all.sh lines pass the checks that come before any work; other lines start a file of the project."""
     monkeypatch.setattr("paperlib.data.check_name", lambda name: None)  # folder:my_images is the reader's own
     words = shlex.split(line, comments=True)
-    assert words[0] == "torchrun" or (ROOT / words[0]).is_file()
+    file = words[1] if words[0] == "python" else words[0]
+    assert words[0] == "torchrun" or (ROOT / file).is_file()
     if words[0] == "./run_all.sh":
         options = parser().parse_args(words[1:])
         assert options.list or runs.load_settings(options.profile, changes_of(options))
