@@ -184,3 +184,9 @@ def test_the_readme_shows_the_committed_verdicts():
     page = (ROOT / "README.md").read_text()
     summary = json.loads((ROOT / "figures" / "quick" / "summary.json").read_text())
     assert store.with_table(page, store.verdict_table(summary)) == page
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_start(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage" in done.stdout
