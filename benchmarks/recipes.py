@@ -79,12 +79,12 @@ def small_positions(network, steps):
 
 # name -> (what is changed in the recipe, what is done to the network, optimizer)
 CANDIDATES = {
-    "base": ({}, None, training.optimizer),
+    "base": ({}, None, ADAMW),
     "muon": ({}, None, MuonAndAdamW),
-    "half-tokens": ({}, half_the_tokens, training.optimizer),
-    "small-images": ({}, small_images_first, training.optimizer),
-    "lr-2e-3": ({"lr": 2e-3}, None, training.optimizer),
-    "positions-0.02": ({}, small_positions, training.optimizer),
+    "half-tokens": ({}, half_the_tokens, ADAMW),
+    "small-images": ({}, small_images_first, ADAMW),
+    "lr-2e-3": ({"lr": 2e-3}, None, ADAMW),
+    "positions-0.02": ({}, small_positions, ADAMW),
 }
 
 

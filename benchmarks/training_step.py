@@ -47,10 +47,8 @@ def peer_cct(name: str) -> nn.Module:
 
 def flops_per_step(network: nn.Module, images: Tensor) -> float:
     """Floating-point operations of a forward and a backward pass (counted by PyTorch; attention products included)."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # fused attention is not counted on CPUs
+    # Fused attention is not counted on CPUs, so it is written out here.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(images[:1]).sum().backward()
     network.zero_grad()
     return counter.get_total_flops() * len(images)
@@ -86,7 +84,8 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     labels = torch.randint(0, 100, (4 * n,), device=device)
     mean = std = torch.full((3, 1, 1), 0.5, device=device)
     batch = normalise(pixels[:n], mean, std)
-    recipe = {key: training.Recipe(1, n, 1e-3, 0.05, 0.1, 0.1, 4, True, precision=key) for key in PRECISIONS}
+    step = {"epochs": 1, "batch_size": n, "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1}
+    recipe = {key: training.Recipe(**step, shift=4, flip=True, precision=key) for key in PRECISIONS}
     ours = cct(name, num_classes=100, attention_dropout=0.0, stochastic_depth=0.0)
     ours = ours.to(device, memory_format=torch.channels_last).train()
     tokens, flops = ours.tokenizer.tokens(32), flops_per_step(ours, batch)
@@ -101,10 +100,10 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
         for precision in PRECISIONS:
             for side, network in networks.items():
 
-                def step(network=network, side=side, precision=precision):
+                def one_step(network=network, side=side, precision=precision):
                     training.training_step(network, optimizers[side], batch, labels[:n], recipe[precision], n)
 
-                times.setdefault((side, precision), []).append(seconds(step, device))
+                times.setdefault((side, precision), []).append(seconds(one_step, device))
             rates[precision].append(product_rate(n, tokens, PRECISIONS[precision], device))
         for parameter in ours.parameters():
             parameter.grad = torch.zeros_like(parameter)

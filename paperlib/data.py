@@ -96,8 +96,13 @@ def limit(data: Images, images: int) -> Images:
             f"(2 for each of {len(data.classes)} labels)"
         )
     train, test = (_dealt(labels)[:images].sort().values for labels in (data.y_train, data.y_test))
-    parts = {"train": train, "test": test}
-    return replace(data, **{f"{k}_{part}": getattr(data, f"{k}_{part}")[i] for k in "xy" for part, i in parts.items()})
+    return replace(
+        data,
+        x_train=data.x_train[train],
+        y_train=data.y_train[train],
+        x_test=data.x_test[test],
+        y_test=data.y_test[test],
+    )
 
 
 def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -161,10 +166,9 @@ def augmented_batches(
 def _images(name: str, x_train, y_train, x_test, y_test, classes) -> Images:
     """NHWC uint8 arrays and labels -> Images, after checking that they are a usable data set."""
     classes = tuple(str(label) for label in classes)
-    tensors = []
+    side, tensors = np.shape(x_train)[1:2], []
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         x, y = np.asarray(x), np.asarray(y)
-        side = np.shape(x_train)[1:2]
         if (
             x.dtype != np.uint8
             or x.shape != (len(x), *side, *side, 3)

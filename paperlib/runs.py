@@ -122,7 +122,9 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
             raise ValueError(f"unknown parameter {name!r}{_hint(name, list(Settings.model_fields))}") from None
         if first["type"] == "missing":
             raise ValueError(f"{path.name} gives no value for {name!r}") from None
-        raise ValueError(f"parameter {name!r}: {first['msg'].lower()}, not {first['input']!r}") from None
+        raise ValueError(
+            f"parameter {name!r}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+        ) from None
     if not {"attn", "block"} <= set(settings.taps):
         raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
     data.check_name(_located(settings.data))
@@ -278,6 +280,7 @@ def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8."""
     with files.whole(path) as file:
         file.write(text.encode())
 

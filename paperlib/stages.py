@@ -128,9 +128,9 @@ def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
     def make(folder: Path) -> None:
-        fields_of, correct = source.tensors("fields_test"), source.tensors("correct")
+        measured, correct = source.tensors("fields_test"), source.tensors("correct")
         tap_rows, node_rows = [], []
-        for tap, fields in sorted(fields_of.items()):
+        for tap, fields in sorted(measured.items()):
             encoder, name = tap.split(".")
             row = {"seed": seed, "network": kind, "encoder": int(encoder), "tap": name}
             centred, share = snp.split_offset(fields)
@@ -289,7 +289,10 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         s, labels = run.settings, run.images.y_test
         num_heads = network.classifier.blocks[0].self_attn.heads
         fields, correct = source.tensors("fields_test"), source.tensors("correct")
-        intact, ablated = _ablations(network, run.images) if kind == "trained" else (None, None)
+        intact = ablated = None
+        if kind == "trained":
+            images = run.images.to(training.best_device())
+            intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
         label_rows, encoder_rows, nulls, gaps = [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
@@ -337,16 +340,11 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
     return run.stage(f"heads-{kind}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
 
 
-def _ablations(network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
-    """Right answers on the test images: of the intact network (n,), and with each head silent (encoders, H, n)."""
-    device, (mean, std) = training.best_device(), images.statistics
-    intact, ablated = [], []
-    for batch, labels in zip(images.x_test.split(256), images.y_test.split(256), strict=True):
-        pixels = normalise(batch, mean, std).to(device)
-        with torch.no_grad():
-            intact.append(network(pixels).argmax(dim=1).cpu() == labels)
-        ablated.append(heads.ablation_logits(network, pixels).argmax(dim=3).cpu() == labels)
-    return torch.cat(intact), torch.cat(ablated, dim=2)
+def _ablations(network: nn.Module, images: Images) -> Tensor:
+    """Right answers on the test images with each head silent: (encoders, H, n)."""
+    batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+    answers = [heads.ablation_logits(network, batch).argmax(dim=3) for batch in batches]
+    return torch.cat(answers, dim=2) == images.y_test
 
 
 def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:

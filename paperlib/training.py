@@ -23,7 +23,7 @@ from paperlib.data import Images, augmented_batches, normalise
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a network is trained; every field has its unit in `runs.Settings`."""
 
@@ -140,7 +140,7 @@ def train(
         strong = recipe.augmentation == "published"
         shift, flip = (0, False) if strong else (recipe.shift, recipe.flip)
         stream = augmented_batches(data.x_train, data.y_train, recipe.batch_size, shift, flip, random, (rank, ranks))
-        with seeded(seed, "dropout", epoch, *range(rank)):
+        with seeded(seed, "dropout", epoch, *range(rank)):  # rank 0 draws what a process of its own would
             steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
             for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
                 lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup, recipe.decay)
@@ -160,7 +160,7 @@ def train(
                 f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
                 "lower lr, or look for odd images"
             )
-        test = accuracy(network, data, mean, std)
+        test = accuracy(network, data)
         curve.append({"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test})
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
@@ -195,10 +195,10 @@ def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch
     return torch.cat([network(normalise(batch, mean, std)) for batch in images.split(batch_size)])
 
 
-def accuracy(network: nn.Module, data: Images, mean: Tensor, std: Tensor) -> float:
+def accuracy(network: nn.Module, data: Images) -> float:
     """Share of test images (0..1) whose largest logit is their label's."""
     rank, ranks = distributed.place()
-    logits = predict(network, data.x_test[rank::ranks], mean, std)
+    logits = predict(network, data.x_test[rank::ranks], *data.statistics)
     right = distributed.total((logits.argmax(dim=1) == data.y_test[rank::ranks]).sum())
     return right.item() / len(data.y_test)
 

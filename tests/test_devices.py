@@ -72,7 +72,8 @@ def test_training_loop(cuda, monkeypatch):
     labels = torch.empty(8, dtype=torch.long, device=cuda)
     data = Images("fake", images, labels, images, labels, tuple("abcdefghij"))
     data.__dict__["statistics"] = (torch.empty(3, 1, 1, device=cuda), torch.empty(3, 1, 1, device=cuda))  # needs values
-    recipe = Recipe(1, 8, 1e-3, 0.0, 0.1, 0.1, 2, True, precision="fp32")
+    fields = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.1, "label_smoothing": 0.1}
+    recipe = Recipe(**fields, shift=2, flip=True, precision="fp32")
     with pytest.raises(DynamicOutputShapeException):
         train(network, data, recipe, seed=0)  # runs a whole epoch; only then does it look at the losses' values
 

@@ -320,7 +320,7 @@ def test_accuracy_is_the_share_of_right_answers():
     mean, std = channel_statistics(data.x_train)
     right = (training.predict(network, data.x_test, mean, std).argmax(dim=1) == data.y_test).tolist()
     assert 0 < sum(right) < 50
-    assert training.accuracy(network, data, mean, std) == sum(right) / 50
+    assert training.accuracy(network, data) == sum(right) / 50
 
 
 if __name__ == "__main__":  # the process that is killed, in the middle of epoch 3
