@@ -10,4 +10,4 @@ cd "$(pwd -P)"
 
 extras=notebooks
 . ./environment.sh
-exec "$python" -m paperlib "$@"
+exec "$python" notebooks/walk.py "$@"

@@ -11,6 +11,7 @@ that is measured between the rounds, on a product of the network's own size.
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from paperlib import training
 from paperlib.data import augmented_batches, normalise
 from paperlib.models import cct
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16 is left out where it is emulated
 
 
 def seconds(work, device: torch.device) -> float:
@@ -85,19 +86,22 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     mean = std = torch.full((3, 1, 1), 0.5, device=device)
     batch = normalise(pixels[:n], mean, std)
     step = {"epochs": 1, "batch_size": n, "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1}
-    recipe = {key: training.Recipe(**step, shift=4, flip=True, precision=key) for key in PRECISIONS}
+    precisions = list(PRECISIONS)[: 1 + training.fast_bf16(device.type)]
+    recipe = {key: training.Recipe(**step, shift=4, flip=True, precision=key) for key in precisions}
     ours = cct(name, num_classes=100, attention_dropout=0.0, stochastic_depth=0.0)
     ours = ours.to(device, memory_format=torch.channels_last).train()
     tokens, flops = ours.tokenizer.tokens(32), flops_per_step(ours, batch)
     theirs = peer_cct(name).to(device).train()
-    optimizers = {"ours": training.optimizer(ours, 1e-3, 0.05), "vit-pytorch": training.optimizer(theirs, 1e-3, 0.05)}
+    optimizers = {"ours": training.optimizers(ours, recipe["fp32"])}
+    optimizers["vit-pytorch"] = training.optimizers(theirs, recipe["fp32"])
+    _, muon = training.optimizers(ours, replace(recipe["fp32"], optimizer="muon", precision="auto"))
     networks = {"ours": torch.compile(ours) if options.compile else ours, "vit-pytorch": theirs}
-    augment, times, rates = [], {}, {key: [] for key in PRECISIONS}
-    update = []
+    augment, times, rates = [], {}, {key: [] for key in precisions}
+    update, orthogonal = [], []
     for round_ in range(options.rounds + 2):  # the first two are not counted
         stream = augmented_batches(pixels, labels, n, 4, True, torch.Generator().manual_seed(round_))
         augment.append(seconds(lambda stream=stream: [normalise(x, mean, std) for x, _ in stream], device) / 4)
-        for precision in PRECISIONS:
+        for precision in precisions:
             for side, network in networks.items():
 
                 def one_step(network=network, side=side, precision=precision):
@@ -107,8 +111,9 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
             rates[precision].append(product_rate(n, tokens, PRECISIONS[precision], device))
         for parameter in ours.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        update.append(seconds(optimizers["ours"].step, device))
-        optimizers["ours"].zero_grad()
+        update.append(seconds(optimizers["ours"][0].step, device))
+        orthogonal.append(seconds(muon.step, device))
+        optimizers["ours"][0].zero_grad()
     median = {key: statistics.median(values[2:]) for key, values in times.items()}
     for (side, precision), step_time in median.items():
         rate = statistics.median(rates[precision][2:])
@@ -116,10 +121,11 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
         share = f"{100 * flops / step_time / 1e9 / rate:.0f} % of {rate:.0f} GFLOP/s"
         cells = [name, side, precision, f"{step_time:.3f}", f"{n / step_time:.0f}", share, *(f"{r:.2f}" for r in peers)]
         print(f"| {' | '.join(cells)} |")
-    fast = median["ours", "bf16" if training.fast_bf16(device.type) else "fp32"]
-    small = [statistics.median(values[2:]) for values in (update, augment)]
+    fast = median["ours", precisions[-1]]
+    small = [statistics.median(values[2:]) for values in (update, augment, orthogonal)]
     print(f"\n{name}: AdamW {1e3 * small[0]:.1f} ms and augmentation {1e3 * small[1]:.1f} ms a step, "
-          f"{100 * sum(small) / (fast + small[1]):.1f} % of it\n")  # fmt: skip
+          f"{100 * sum(small[:2]) / (fast + small[1]):.1f} % of it; "
+          f"Muon on the encoders' matrices {1e3 * small[2]:.0f} ms\n")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ same batch size, up to the order of sums (with dropout or stochastic depth, whos
 chance). Rank 0 keeps the run folder; the notebooks then find the networks there. Outside torchrun nothing here acts.
 """
 
+import argparse
 import os
 import sys
 from datetime import timedelta
@@ -48,15 +49,19 @@ def parallel(network: nn.Module) -> nn.Module:
 def main(arguments: list[str] | None = None) -> int:
     """Train the networks of a profile on all ranks; exit code 2 for wrong arguments."""
     from paperlib import runs, stages, training
-    from paperlib.__main__ import changes_of, parser
 
-    options = parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="paperlib.distributed", description="Train a profile's networks on all ranks."
+    )
+    parser.add_argument("profile", nargs="?", default="quick")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    options = parser.parse_args(arguments)
     try:
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
                 "start this with torchrun, e.g. torchrun --nproc-per-node 8 -m paperlib.distributed cifar100"
             )
-        changes = changes_of(options)
+        changes = runs.changes_of(options.set)
         runs.load_settings(options.profile, changes)
     except (ValueError, OSError) as error:
         print(f"paperlib.distributed: {error}", file=sys.stderr)

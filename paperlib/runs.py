@@ -51,8 +51,9 @@ class Settings(BaseModel):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is trained for each")
     epochs: int = Field(ge=1, description="epochs of training")
     batch_size: int = Field(ge=1, description="images in a training step")
-    lr: Number = Field(gt=0, description="largest learning rate of AdamW")
-    weight_decay: Number = Field(ge=0, description="decoupled weight decay of AdamW")
+    optimizer: Literal["adamw", "muon"] = Field(description="of the encoders' matrices; the rest takes AdamW")
+    lr: Number = Field(gt=0, description="largest learning rate")
+    weight_decay: Number = Field(ge=0, description="decoupled weight decay")
     warmup: Share = Field(description="share of the steps in which the learning rate rises")
     decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
@@ -136,6 +137,22 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
     return settings
+
+
+def changes_of(assignments: list[str]) -> dict[str, Any]:
+    """What --set name=value ... replaces; ValueError for what is not of that form."""
+    changes = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r} is not of the form NAME=VALUE")
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"--set {name}: {value!r} is not a value: write a number, a word or a list like [0, 1]"
+            ) from None
+    return changes
 
 
 @dataclass(frozen=True)

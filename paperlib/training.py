@@ -1,6 +1,7 @@
 """Network + images + recipe -> trained network and learning curve, resumable after any epoch."""
 
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from paperlib import distributed, files
 from paperlib.augmentation import published
 from paperlib.data import Images, augmented_batches, normalise
+from paperlib.muon import Muon
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
@@ -35,6 +37,7 @@ class Recipe:
     label_smoothing: float
     shift: int
     flip: bool
+    optimizer: str = "adamw"
     augmentation: str = "light"
     decay: str = "linear"
     precision: str = "auto"
@@ -77,11 +80,14 @@ def fast_bf16(device_type: str) -> bool:
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
 
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether training steps take bf16: if `precision` is bf16, or auto where bf16 is fast."""
+    return precision == "bf16" or (precision == "auto" and fast_bf16(device.type))
+
+
 def autocast(precision: str, device: torch.device):
-    """The context for a training step: bf16 autocast if `precision` is bf16, or auto where bf16 is fast."""
-    if precision == "bf16" or (precision == "auto" and fast_bf16(device.type)):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    """The context for a training step: bf16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16) if in_bf16(precision, device) else nullcontext()
 
 
 def schedule(step: int, steps: int, warmup: float, decay: str = "linear") -> float:
@@ -91,15 +97,25 @@ def schedule(step: int, steps: int, warmup: float, decay: str = "linear") -> flo
     return min((step + 1) / rise, left if decay == "linear" else math.sin(math.pi / 2 * min(1.0, left)) ** 2)
 
 
-def optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, decaying the weight matrices and kernels only (not biases, norms or positions)."""
-    decayed, free = [], []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 and "positional" not in name else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """What updates a network's weights: AdamW, and for recipe.optimizer muon Muon on the encoders' weight matrices.
+
+    Weight matrices and kernels decay; biases, norms and positions do not.
+    """
+    parts, decayed, free = [], [], []
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    if recipe.optimizer == "muon":
+        hidden = [name for name, weight in weights.items() if ".blocks." in name and weight.ndim == 2]
+        if not hidden:
+            raise ValueError("optimizer muon takes the weight matrices of encoders, and there are none: use adamw")
+        matrices = [weights.pop(name) for name in hidden]
+        bf16 = distributed.share(in_bf16(recipe.precision, matrices[0].device))  # ranks must take the same step
+        parts.append(Muon(matrices, recipe.lr, recipe.weight_decay, bf16=bf16))
+    for name, weight in weights.items():
+        (decayed if weight.ndim > 1 and "positional" not in name else free).append(weight)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
     # The learning rate changes every step, but an unfused, looped AdamW would cost more than a small network's step.
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True), *parts]
 
 
 def train(
@@ -117,7 +133,7 @@ def train(
     rank, ranks = distributed.place()
     device = data.x_train.device
     mean, std = data.statistics
-    adamw = optimizer(network, recipe.lr, recipe.weight_decay)
+    parts = optimizers(network, recipe)
     batches = -(-len(data.x_train) // recipe.batch_size)
     steps_per_epoch = min(batches, recipe.max_steps or batches)
     steps = recipe.epochs * steps_per_epoch
@@ -129,7 +145,8 @@ def train(
         if saved["recipe"] != asdict(recipe) or saved["seed"] != seed:
             raise ValueError(f"{checkpoint} was written by another recipe or seed: delete it to train anew")
         network.load_state_dict(saved["network"])
-        adamw.load_state_dict(saved["optimizer"])
+        for part, state in zip(parts, saved["optimizers"], strict=True):
+            part.load_state_dict(state)
         curve = saved["curve"]
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
     parallel = distributed.parallel(network)
@@ -144,14 +161,14 @@ def train(
             steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
             for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
                 lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup, recipe.decay)
-                for group in adamw.param_groups:
+                for group in itertools.chain.from_iterable(part.param_groups for part in parts):
                     group["lr"] = lr
                 share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
                 if strong:
                     images, labels = published(images, labels, mean, std, len(data.classes))
                 else:
                     images = normalise(images, mean, std)
-                losses[step] = training_step(parallel, adamw, images, labels, recipe, share)
+                losses[step] = training_step(parallel, parts, images, labels, recipe, share)
         distributed.total(losses).div_(ranks)
         # A step's loss judges the weights before it; those after the last step are looked at themselves.
         bad = (~losses.isfinite()).nonzero()
@@ -165,7 +182,7 @@ def train(
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
             state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}
-            state |= {"network": network.state_dict(), "optimizer": adamw.state_dict()}
+            state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}
             with files.whole(checkpoint) as file:
                 torch.save(state, file)
     network.eval()
@@ -173,7 +190,7 @@ def train(
 
 
 def training_step(
-    network: nn.Module, adamw: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe, share: float
+    network: nn.Module, parts: list[torch.optim.Optimizer], images: Tensor, labels: Tensor, recipe: Recipe, share: float
 ) -> Tensor:
     """Forward, backward and update on normalised images; returns the loss, on the device, so that nothing waits.
 
@@ -183,8 +200,9 @@ def training_step(
         logits = network(images)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing, reduction="sum") / share
     loss.backward()
-    adamw.step()
-    adamw.zero_grad()
+    for part in parts:
+        part.step()
+        part.zero_grad()
     return loss.detach()
 
 

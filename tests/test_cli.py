@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from walk import main
 
 from paperlib import runs
-from paperlib.__main__ import main
 
 MISTAKES = [
     (["qick"], "unknown profile 'qick' (did you mean 'quick'?)"),
@@ -39,7 +39,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
 def test_mistakes_are_named(arguments, sentence, folders, capsys, monkeypatch):
-    monkeypatch.setattr("paperlib.__main__.papermill.execute_notebook", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr("walk.papermill.execute_notebook", lambda *a, **k: pytest.fail("it ran"))
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error
@@ -71,7 +71,7 @@ def test_numbers_without_a_dot_are_numbers():
 
 def test_a_failing_notebook_gives_exit_code_1_and_its_reason(folders):
     """For real, in a process of its own: CIFAR-100 without the data and, through a dead proxy, without network."""
-    arguments = [sys.executable, "-m", "paperlib", "cifar100-cpu", "--only", "1"]
+    arguments = [sys.executable, "notebooks/walk.py", "cifar100-cpu", "--only", "1"]
     environment = {"https_proxy": "http://127.0.0.1:9", "PATH": "/usr/bin:/bin", "HOME": str(folders)}
     environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "FIGURES", "DATA")}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=runs.root(), timeout=300)

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib.util
 import json
 import operator
 import re
@@ -14,9 +13,10 @@ import tomllib
 import nbformat
 import pytest
 import yaml
+from store_outputs import verdict_table, with_table
+from walk import _chosen, parser
 
 from paperlib import runs
-from paperlib.__main__ import _chosen, changes_of, parser
 
 ROOT = runs.root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -144,7 +144,7 @@ def test_commands_of_the_pages_are_accepted(line, monkeypatch):
     assert words[0] == "torchrun" or (ROOT / file).is_file()
     if words[0] == "./run_all.sh":
         options = parser().parse_args(words[1:])
-        assert options.list or runs.load_settings(options.profile, changes_of(options))
+        assert options.list or runs.load_settings(options.profile, runs.changes_of(options.set))
         assert _chosen(options.start, options.only)
 
 
@@ -178,12 +178,9 @@ def test_committed_results_fit_the_committed_profile(folder):
 
 
 def test_the_readme_shows_the_committed_verdicts():
-    spec = importlib.util.spec_from_file_location("store_outputs", ROOT / "notebooks" / "store_outputs.py")
-    store = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(store)
     page = (ROOT / "README.md").read_text()
     summary = json.loads((ROOT / "figures" / "quick" / "summary.json").read_text())
-    assert store.with_table(page, store.verdict_table(summary)) == page
+    assert with_table(page, verdict_table(summary)) == page
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

@@ -84,7 +84,7 @@ def train_cct(checkpoint, initial_seed, killed_at=None):
         network = cct("cct_2_3x2", num_classes=3, image_size=8, dropout=0.2, stochastic_depth=0.3)
     if killed_at:
         at_step(network, killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    curve = training.train(network, toy(), replace(RECIPE, epochs=4), seed=5, checkpoint=checkpoint, log=quiet)
+    curve = training.train(network, toy(), replace(RECIPE, epochs=4, optimizer="muon"), 5, checkpoint, log=quiet)
     return curve, state_of(network)
 
 
@@ -229,17 +229,35 @@ def test_schedule_rises_to_1_and_falls(steps, warmup, decay):
         assert factors[-1] <= 2 / steps
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_decay(optimizer):
     network = cct("cct_2_3x2", num_classes=3, image_size=8)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(1)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    training.optimizer(network, lr=0.1, weight_decay=0.5).step()
+    for part in training.optimizers(network, replace(RECIPE, optimizer=optimizer, lr=0.1, weight_decay=0.5)):
+        part.step()
     for name, parameter in network.named_parameters():
         matrix = parameter.ndim > 1 and name != "classifier.positional_emb"
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.95 if matrix else 1.0))
+
+
+def test_muon_takes_the_encoders_matrices_and_adamw_the_rest():
+    network = cct("cct_2_3x2", num_classes=3, image_size=8)
+    adamw, muon = training.optimizers(network, replace(RECIPE, optimizer="muon"))
+    names = {weight: name for name, weight in network.named_parameters()}
+    found = {names[weight] for group in muon.param_groups for weight in group["params"]}
+    layers = ("self_attn.qkv", "self_attn.proj", "linear1", "linear2")
+    assert found == {f"classifier.blocks.{index}.{layer}.weight" for index in range(2) for layer in layers}
+    rest = {names[weight] for group in adamw.param_groups for weight in group["params"]}
+    assert rest == set(names.values()) - found
+
+
+def test_muon_without_encoders_is_refused(refuses):
+    with refuses("adamw"):
+        training.optimizers(small(), replace(RECIPE, optimizer="muon"))
 
 
 # --- the curve

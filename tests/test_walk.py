@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from walk import main
 
 from paperlib import runs
-from paperlib.__main__ import main
 
 # Real image sizes and networks; few images, labels, steps and thresholds
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]

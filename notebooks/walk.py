@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
-import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -23,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         return _list()
     try:
-        changes = changes_of(options)
+        changes = runs.changes_of(options.set)
         settings = runs.load_settings(options.profile, changes)
         notebooks = _chosen(options.start, options.only)
     except (ValueError, OSError) as error:
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of run_all.sh, and of paperlib.distributed."""
+    """The command line."""
     result = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Run the walk: train, measure, prune, look at the heads. Stages whose inputs have not changed are "
@@ -59,28 +58,12 @@ def parser() -> argparse.ArgumentParser:
         "--set",
         nargs="+",
         action="extend",
+        default=[],
         metavar="NAME=VALUE",
         help="replace values of the profile, e.g. --set epochs=3 'seeds=[0, 1, 2]'",
     )
     result.add_argument("--list", action="store_true", help="show profiles, notebooks and parameters, and stop")
     return result
-
-
-def changes_of(options: argparse.Namespace) -> dict[str, object]:
-    """What --set replaces; ValueError for what is not NAME=VALUE."""
-    return dict(_assignment(text) for text in options.set or [])
-
-
-def _assignment(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text!r} is not of the form NAME=VALUE")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(
-            f"--set {name}: {value!r} is not a value: write a number, a word or a list like [0, 1]"
-        ) from None
 
 
 def _chosen(start: str | None, only: str | None) -> list[Path]:
