@@ -20,6 +20,11 @@ from torch import Tensor
 from paperlib import files, glyphs
 
 NAMES = ("glyphs100", "cifar100", "flowers102", "folder:<path>")
+SPLITS = {
+    "glyphs100": "drawn by the package; test characters in other fonts",
+    "cifar100": "official: 500 training and 100 test images a label",
+    "flowers102": "official: 20 training images a label (training and validation split together), the rest tests",
+}
 EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
 
 

@@ -27,6 +27,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from safetensors.torch import load_file, save_file
 
 from paperlib import data, files, models, taps, training
+from paperlib.models import reference
+from paperlib.models.vgg import parse as parse_vgg
 
 # YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
 Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
@@ -45,14 +47,19 @@ class Settings(BaseModel):
     limit: int = Field(ge=0, description="use only this many training and test images (0: all)")
     model: str = Field(description="network: cct_<blocks>_<kernel>x<convs>")
     heads: int = Field(ge=0, description="attention heads (0: the model's own number)")
+    cnn: str = Field(description="the CNN beside it: vgg_<layers>x<filters>")
     positional_embedding: Literal["learnable", "sine", "none"] = Field(description="positions of the tokens")
     attention_dropout: Rate = Field(description="dropout of attention weights")
     stochastic_depth: Rate = Field(description="drop rate of the last block's branches, rising linearly from 0")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is trained for each")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is measured for each")
+    weights: Literal["trained", "reference"] = Field(description="train here, or start from the committed networks")
     epochs: int = Field(ge=1, description="epochs of training")
+    cnn_epochs: int = Field(ge=1, description="epochs of the CNN's training, by AdamW")
     batch_size: int = Field(ge=1, description="images in a training step")
     optimizer: Literal["adamw", "muon"] = Field(description="of the encoders' matrices; the rest takes AdamW")
+    token_share: Number = Field(gt=0, le=1, description="random share of the tokens in the first 80 % of the steps")
     lr: Number = Field(gt=0, description="largest learning rate")
+    cnn_lr: Number = Field(gt=0, description="largest learning rate of the CNN")
     weight_decay: Number = Field(ge=0, description="decoupled weight decay")
     warmup: Share = Field(description="share of the steps in which the learning rate rises")
     decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
@@ -133,10 +140,30 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
         raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
     with training.seeded(0):  # finds a wrong model, number of heads or tap
         taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), settings.taps)
+    parse_vgg(settings.cnn)
+    check_references(settings)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
     return settings
+
+
+def reference_name(settings: Settings, seed: int) -> str:
+    """What the committed network of these settings is called."""
+    return f"{settings.data}-{settings.image_size}-{settings.model}-seed{seed}"
+
+
+def check_references(settings: Settings) -> None:
+    """Raise ValueError if a walk that starts from committed networks asks for one that does not exist, or was trained
+    otherwise."""
+    for seed in settings.seeds if settings.weights == "reference" else ():
+        name = reference_name(settings, seed)
+        for part, value in reference.card(name)["recipe"].items():
+            if getattr(settings, part) != value:
+                raise ValueError(
+                    f"{name} was trained with {part}={value}, not {getattr(settings, part)}: "
+                    "add weights=trained to train anew"
+                )
 
 
 def changes_of(assignments: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import sys
+import time
 import timeit
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,7 @@ class Recipe:
     shift: int
     flip: bool
     optimizer: str = "adamw"
+    token_share: float = 1.0
     augmentation: str = "light"
     decay: str = "linear"
     precision: str = "auto"
@@ -123,17 +125,19 @@ def train(
 ) -> list[dict]:
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
-    One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1). With `checkpoint`, the
-    state is saved after each epoch (written whole or not at all) and a later call with the same recipe and seed goes on
-    from there: every random number derives from (seed, purpose, epoch), so an interrupted training ends like an
-    uninterrupted one. Raises ValueError for a checkpoint of another recipe, FloatingPointError with the step at which
-    the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed` every rank calls this
-    and takes its share of each batch; rank 0's checkpoint counts.
+    One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1), seconds. With
+    `checkpoint`, the state is saved after each epoch (written whole or not at all) and a later call with the same
+    recipe and seed goes on from there: every random number derives from (seed, purpose, epoch), so an interrupted
+    training ends like an uninterrupted one. Raises ValueError for a checkpoint of another recipe, FloatingPointError
+    with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
+    every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
     """
     rank, ranks = distributed.place()
     device = data.x_train.device
     mean, std = data.statistics
     parts = optimizers(network, recipe)
+    if recipe.token_share < 1 and not hasattr(getattr(network, "classifier", None), "token_share"):
+        raise ValueError("token_share: this network has no tokens, so it must be 1")
     batches = -(-len(data.x_train) // recipe.batch_size)
     steps_per_epoch = min(batches, recipe.max_steps or batches)
     steps = recipe.epochs * steps_per_epoch
@@ -151,6 +155,7 @@ def train(
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
     parallel = distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
+        start = time.monotonic()
         network.train()
         losses = torch.zeros(steps_per_epoch, device=device)
         random = generator(seed, "batches", epoch)
@@ -161,6 +166,9 @@ def train(
             steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
             for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
                 lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup, recipe.decay)
+                if recipe.token_share < 1:  # all tokens in the last fifth, as in evaluation
+                    early = epoch * steps_per_epoch + step < 0.8 * steps
+                    network.classifier.token_share = recipe.token_share if early else 1.0
                 for group in itertools.chain.from_iterable(part.param_groups for part in parts):
                     group["lr"] = lr
                 share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
@@ -179,6 +187,7 @@ def train(
             )
         test = accuracy(network, data)
         curve.append({"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test})
+        curve[-1]["seconds"] = round(time.monotonic() - start, 1)
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
             state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}

@@ -1,10 +1,11 @@
 """Right for CUDA without a GPU: under fake tensors every operation checks devices and shapes, and computes nothing."""
 
 import pytest
+import stages
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from paperlib import readouts, snp, stages
+from paperlib import readouts, snp
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.models import cct
 from paperlib.taps import cct_taps, recording

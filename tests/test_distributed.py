@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import stages
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from paperlib import readouts, runs, stages
+from paperlib import readouts, runs
 from paperlib.data import channel_statistics
 from paperlib.models import cct
 from paperlib.taps import cct_taps
@@ -21,7 +22,7 @@ SETTINGS = {"limit": 200, "epochs": 2, "batch_size": 48, "precision": "fp32", "f
 def test_two_ranks_train_the_network_of_one(folders):
     words = [f"{name}={str(value).lower()}" for name, value in SETTINGS.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "paperlib.distributed", "quick", "--set", *words]
+    launch += ["notebooks/train_distributed.py", "quick", "--set", *words]
     environment = os.environ | {"PAPERLIB_RUNS": str(folders / "two"), "OMP_NUM_THREADS": "1"}
     first, second = (
         subprocess.run(launch, env=environment, cwd=runs.root(), capture_output=True, text=True, timeout=300)

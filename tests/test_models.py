@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torchvision
 import vit_pytorch.cct as peer
 
-from paperlib.models import cct
-from paperlib.models.cct import POSITIONAL_EMBEDDINGS, EncoderBlock, attention, attention_map, drop_path
+from paperlib.models import build as build_network
+from paperlib.models import cct, vgg
+from paperlib.models.cct import POSITIONAL_EMBEDDINGS, EncoderBlock, attention, attention_map, drop_path, random_tokens
 
 
 def seeded(seed=0):
@@ -243,3 +245,52 @@ def test_dropout_is_off_in_evaluation(build):
     assert torch.equal(network(images), build(dropout=0, attention_dropout=0, stochastic_depth=0)(images))
     network.train()
     assert not torch.allclose(network(images), network(images), atol=1e-3)
+
+
+# --- fewer tokens in training
+
+
+def test_random_tokens_are_some_of_each_images_own():
+    tokens = torch.arange(6 * 10).view(6, 10, 1).expand(-1, -1, 4).float()
+    kept = random_tokens(tokens, 0.3)
+    assert kept.shape == (6, 3, 4) and (kept == kept[:, :, :1]).all()
+    for image, some in zip(tokens, kept, strict=True):
+        assert len(set(some[:, 0].tolist())) == 3 and set(some[:, 0].tolist()) <= set(image[:, 0].tolist())
+    assert len({tuple((some[:, 0] % 10).sort().values.tolist()) for some in kept}) > 1  # each image its own
+
+
+def test_all_tokens_are_seen_in_evaluation(network):
+    images = torch.randn(3, 3, 16, 16)
+    expected = network(images)
+    network.classifier.token_share = 0.5
+    torch.testing.assert_close(network(images), expected)
+    assert not torch.allclose(network.train()(images), expected)
+
+
+# --- the CNN
+
+
+@pytest.mark.parametrize(("name", "peer_name"), [("vgg_11x64", "vgg11_bn"), ("vgg_16x64", "vgg16_bn")])
+def test_vgg_has_torchvisions_layers(name, peer_name):
+    ours, theirs = vgg(name, 10), torchvision.models.get_model(peer_name, num_classes=10)
+    shapes = [[tuple(p.shape) for p in network.features.parameters()] for network in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    ours.features.load_state_dict(theirs.features.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    last_but_pooling = theirs.eval().features[:-1]
+    expected = ours.fc(last_but_pooling(images).mean(dim=(2, 3)))
+    torch.testing.assert_close(ours.eval()(images), expected)
+
+
+def test_vgg_scales_its_filters():
+    network = build_network("vgg_11x16", 7, 32, heads=3)
+    assert [layer.out_channels for layer in network.features if isinstance(layer, torch.nn.Conv2d)] == [
+        16, 32, 64, 64, 128, 128, 128, 128,
+    ]  # fmt: skip
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["vgg_12x64", "vgg_11", "vgg_11x0", "vgg11_bn"])
+def test_unknown_vggs_are_refused(name, refuses):
+    with refuses(name):
+        build_network(name, 10, 32)

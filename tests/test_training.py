@@ -36,6 +36,13 @@ def quiet(line):
     pass
 
 
+def train(*arguments, **keywords):
+    """The learning curve without its times, which nobody repeats."""
+    curve = training.train(*arguments, **keywords)
+    assert all(row["seconds"] >= 0 for row in curve)
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in curve]
+
+
 def toy(n_train=24, n_test=9):
     """Three labels: the brightest of three colour channels, 8 x 8 pixels."""
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +91,9 @@ def train_cct(checkpoint, initial_seed, killed_at=None):
         network = cct("cct_2_3x2", num_classes=3, image_size=8, dropout=0.2, stochastic_depth=0.3)
     if killed_at:
         at_step(network, killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    curve = training.train(network, toy(), replace(RECIPE, epochs=4, optimizer="muon"), 5, checkpoint, log=quiet)
+    curve = train(
+        network, toy(), replace(RECIPE, epochs=4, optimizer="muon", token_share=0.5), 5, checkpoint, log=quiet
+    )
     return curve, state_of(network)
 
 
@@ -106,25 +115,25 @@ def test_killed_training_ends_like_an_uninterrupted_one(tmp_path):
 
 def test_a_finished_training_is_only_loaded(tmp_path):
     network, again = small(), small(1)
-    curve = training.train(network, toy(), RECIPE, 0, tmp_path / "c.pt", quiet)
+    curve = train(network, toy(), RECIPE, 0, tmp_path / "c.pt", quiet)
     at_step(again, 1, lambda: pytest.fail("trained again"))
-    assert training.train(again, toy(), RECIPE, 0, tmp_path / "c.pt", quiet) == curve
+    assert train(again, toy(), RECIPE, 0, tmp_path / "c.pt", quiet) == curve
     assert same(state_of(again), state_of(network))
 
 
 @pytest.mark.parametrize("seed, changed", [(1, {}), (0, {"lr": 0.02}), (0, {"epochs": 4}), (0, {"flip": False})])
 def test_a_checkpoint_of_something_else_is_refused(seed, changed, tmp_path, refuses):
     checkpoint = tmp_path / "c.pt"
-    training.train(small(), toy(), RECIPE, 0, checkpoint, quiet)
+    train(small(), toy(), RECIPE, 0, checkpoint, quiet)
     written = checkpoint.read_bytes()
     with refuses("c.pt"):
-        training.train(small(), toy(), replace(RECIPE, **changed), seed, checkpoint, quiet)
+        train(small(), toy(), replace(RECIPE, **changed), seed, checkpoint, quiet)
     assert checkpoint.read_bytes() == written
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     checkpoint = tmp_path / "c.pt"
-    expected = training.train(small(), toy(), RECIPE, 0, log=quiet)
+    expected = train(small(), toy(), RECIPE, 0, log=quiet)
     save, calls = torch.save, itertools.count(1)
 
     def full_disk(state, file):
@@ -135,9 +144,9 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="space"):
-        training.train(small(), toy(), RECIPE, 0, checkpoint, quiet)
+        train(small(), toy(), RECIPE, 0, checkpoint, quiet)
     assert len(torch.load(checkpoint, weights_only=True)["curve"]) == 1
-    assert training.train(small(), toy(), RECIPE, 0, checkpoint, quiet) == expected
+    assert train(small(), toy(), RECIPE, 0, checkpoint, quiet) == expected
 
 
 # --- divergence
@@ -148,12 +157,12 @@ def test_a_loss_that_is_not_finite_is_located(tmp_path):
     checkpoint, network = tmp_path / "c.pt", small()
     at_step(network, 5, lambda: nn.init.constant_(network[2].weight, float("nan")))
     with pytest.raises(FloatingPointError, match="step 2 of epoch 2"):
-        training.train(network, toy(), RECIPE, 0, checkpoint, quiet)
+        train(network, toy(), RECIPE, 0, checkpoint, quiet)
     saved = torch.load(checkpoint, weights_only=True)
     assert len(saved["curve"]) == 1 and all(value.isfinite().all() for value in saved["network"].values())
     resumed, uninterrupted = small(1), small()
-    curve = training.train(resumed, toy(), RECIPE, 0, checkpoint, quiet)
-    assert curve == training.train(uninterrupted, toy(), RECIPE, 0, log=quiet)
+    curve = train(resumed, toy(), RECIPE, 0, checkpoint, quiet)
+    assert curve == train(uninterrupted, toy(), RECIPE, 0, log=quiet)
     assert same(state_of(resumed), state_of(uninterrupted))
 
 
@@ -163,7 +172,7 @@ def test_weights_that_diverge_in_an_epochs_last_step_are_not_saved(epochs, tmp_p
     checkpoint, network = tmp_path / "c.pt", small()
     at_step(network, 3, lambda: network[2].weight.register_hook(lambda gradient: gradient * float("nan")))
     with pytest.raises(FloatingPointError):
-        training.train(network, toy(), replace(RECIPE, epochs=epochs), 0, checkpoint, quiet)
+        train(network, toy(), replace(RECIPE, epochs=epochs), 0, checkpoint, quiet)
     assert not checkpoint.exists()
 
 
@@ -174,7 +183,7 @@ def test_the_seed_decides_the_weights():
     results = []
     for seed in (0, 0, 1):
         network = small()
-        training.train(network, toy(), RECIPE, seed, log=quiet)
+        train(network, toy(), RECIPE, seed, log=quiet)
         results.append(state_of(network))
     assert same(results[0], results[1]) and not same(results[0], results[2])
 
@@ -185,14 +194,14 @@ def test_epochs_draw_other_numbers(noise):
     recipe = replace(RECIPE, lr=0.0, batch_size=24, shift=2 * (noise == "augmentation"), flip=False)
     network = small().append(nn.Dropout(0.5 * (noise == "dropout")))
     network[1].p = 0.0
-    losses = [row["loss"] for row in training.train(network, toy(), recipe, 0, log=quiet)]
+    losses = [row["loss"] for row in train(network, toy(), recipe, 0, log=quiet)]
     assert len({round(loss, 5) for loss in losses}) == 3
 
 
 def test_training_leaves_the_global_generator_alone():
     network = small()
     before = torch.get_rng_state()
-    training.train(network, toy(), RECIPE, 0, log=quiet)
+    train(network, toy(), RECIPE, 0, log=quiet)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -260,13 +269,27 @@ def test_muon_without_encoders_is_refused(refuses):
         training.optimizers(small(), replace(RECIPE, optimizer="muon"))
 
 
+def test_a_share_of_the_tokens_in_the_first_four_fifths_of_the_steps():
+    network, seen = cct("cct_2_3x2", num_classes=3, image_size=8), []
+    network.classifier.blocks[0].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1]) if module.training else None
+    )
+    train(network, toy(), replace(RECIPE, epochs=5, max_steps=2, token_share=0.5), 0, log=quiet)
+    assert seen == 8 * [2] + 2 * [4]
+
+
+def test_a_network_without_tokens_refuses_a_share_of_them(refuses):
+    with refuses("token_share"):
+        train(small(), toy(), replace(RECIPE, token_share=0.5), 0, log=quiet)
+
+
 # --- the curve
 
 
 def test_training_learns_the_colours():
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     nn.init.zeros_(network[2].weight)
-    curve = training.train(network, toy(), replace(RECIPE, epochs=40, lr=0.1, label_smoothing=0.0), 0, log=quiet)
+    curve = train(network, toy(), replace(RECIPE, epochs=40, lr=0.1, label_smoothing=0.0), 0, log=quiet)
     assert [row["epoch"] for row in curve] == list(range(1, 41))
     assert curve[-1]["test_accuracy"] == 1 and curve[-1]["loss"] < 0.5 * curve[0]["loss"]
     assert not network.training
@@ -276,7 +299,7 @@ def test_curve_holds_mean_loss_and_test_accuracy():
     """At a learning rate of 0 and without augmentation, both follow from the initial weights."""
     data, network = toy(), small()
     network[1].p = 0.0
-    curve = training.train(network, data, replace(RECIPE, lr=0.0, shift=0, flip=False), 0, log=quiet)
+    curve = train(network, data, replace(RECIPE, lr=0.0, shift=0, flip=False), 0, log=quiet)
     pixels = data.x_train.double() / 255
     mean, std = pixels.mean(dim=(0, 2, 3)), pixels.transpose(0, 1).flatten(1).std(dim=1, unbiased=False)
     logits = []
@@ -294,7 +317,7 @@ def test_curve_holds_mean_loss_and_test_accuracy():
 
 
 def test_learning_rate_of_the_curve_follows_the_schedule():
-    curve = training.train(small(), toy(), replace(RECIPE, epochs=10, warmup=0.1), 0, log=quiet)
+    curve = train(small(), toy(), replace(RECIPE, epochs=10, warmup=0.1), 0, log=quiet)
     rates = [row["lr"] for row in curve]
     assert rates[0] == pytest.approx(0.01)  # warm-up is the first epoch
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.001
@@ -304,7 +327,7 @@ def test_learning_rate_of_the_curve_follows_the_schedule():
 def test_max_steps_shortens_an_epoch(max_steps, steps):
     network, taken = small(), []
     network.register_forward_pre_hook(lambda module, args: taken.append(len(args[0])) if module.training else None)
-    curve = training.train(network, toy(20), replace(RECIPE, max_steps=max_steps), 0, log=quiet)
+    curve = train(network, toy(20), replace(RECIPE, max_steps=max_steps), 0, log=quiet)
     assert len(curve) == 3
     assert taken == [8, 8, 4][:steps] * 3
     assert all(0 < row["loss"] < 10 for row in curve)  # a mean over the steps taken
@@ -314,7 +337,7 @@ def test_bf16_rounds_the_training_not_the_weights():
     curves = {}
     for precision in ("fp32", "bf16"):
         network = small()
-        curves[precision] = training.train(network, toy(), replace(RECIPE, precision=precision), 0, log=quiet)
+        curves[precision] = train(network, toy(), replace(RECIPE, precision=precision), 0, log=quiet)
         assert network[2].weight.dtype == torch.float32
     a, b = curves["fp32"][0]["loss"], curves["bf16"][0]["loss"]
     assert a != b and a == pytest.approx(b, rel=0.02)

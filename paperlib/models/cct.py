@@ -117,7 +117,12 @@ class Tokenizer(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """Encoders, LayerNorm, SeqPool and classifier: tokens (B, N, d) -> logits (B, labels)."""
+    """Encoders, LayerNorm, SeqPool and classifier: tokens (B, N, d) -> logits (B, labels).
+
+    token_share below 1 lets the encoders see, in training mode only, a random share of each image's tokens.
+    """
+
+    token_share = 1.0
 
     def __init__(
         self,
@@ -165,6 +170,8 @@ class TransformerClassifier(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         stream = self.embed(tokens)
+        if self.training and self.token_share < 1:
+            stream = random_tokens(stream, self.token_share)
         for block in self.blocks:
             stream = block(stream)
         return self.classify(stream)
@@ -220,6 +227,12 @@ def cct(
     if positional_embedding == "learnable":
         nn.init.trunc_normal_(classifier.positional_emb, std=0.2)
     return network
+
+
+def random_tokens(tokens: Tensor, share: float) -> Tensor:
+    """A random share of each image's tokens, at least one: (B, N, d) -> (B, round(share * N), d)."""
+    kept = torch.rand(tokens.shape[:2], device=tokens.device).topk(max(1, round(share * tokens.shape[1]))).indices
+    return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def sine_embedding(tokens: int, width: int) -> Tensor:

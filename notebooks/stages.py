@@ -5,6 +5,7 @@ seed x network x encoder x tap x variant. Raise a stage's version when the meani
 """
 
 import copy
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from paperlib import andc, distributed, figures, heads, models, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
-from paperlib.runs import Artefact, Run, save_table, save_tensors
+from paperlib.models import reference
+from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
 from paperlib.verdicts import interval
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
@@ -42,12 +44,24 @@ def build_network(run: Run, seed: int) -> nn.Module:
     s = run.settings
     with training.seeded(seed, "weights"):
         options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
-        network = models.cct(s.model, len(run.images.classes), heads=s.heads or None, **options)
+        network = models.build(s.model, len(run.images.classes), heads=s.heads or None, **options)
     return network.to(training.best_device(), memory_format=torch.channels_last)
 
 
+def cnn_half(run: Run) -> Run:
+    """The same walk with the CNN in the CCT's place."""
+    s = run.settings
+    changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
+    half = replace(run, settings=s.model_copy(update=changes))
+    check_references(half.settings)
+    return half
+
+
 def train(run: Run, seed: int) -> Artefact:
-    """Stage: the trained network of a seed (weights.safetensors) and its learning curve (curve.csv)."""
+    """Stage: the trained network of a seed (weights.safetensors), its learning curve (curve.csv) and how long its
+    epochs took (seconds.json); taken from the committed networks where the settings say so."""
+    if run.settings.weights == "reference":
+        return _committed(run, seed)
 
     def make(folder: Path) -> None:
         distributed.share(True)  # tells other ranks, where there are any, to train along
@@ -55,10 +69,21 @@ def train(run: Run, seed: int) -> Artefact:
         images = run.images.to(training.best_device())
         curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)
         save_tensors(folder / "weights.safetensors", network.state_dict())
+        write_text(folder / "seconds.json", json.dumps([row.pop("seconds") for row in curve]))
         save_table(folder / "curve.csv", [{"seed": seed, **row} for row in curve])
 
     config = run.config(*ARCHITECTURE, *TRAINING) | {"seed": seed}
     return run.stage(f"train-seed{seed}", 1, config, {"data": run.data_sha256}, make)
+
+
+def _committed(run: Run, seed: int) -> Artefact:
+    name = reference_name(run.settings, seed)
+
+    def make(folder: Path) -> None:
+        save_tensors(folder / "weights.safetensors", models.load_reference(name).state_dict())
+        save_table(folder / "curve.csv", reference.card(name)["curve"])
+
+    return run.stage(f"train-seed{seed}", 1, {"reference": name}, {"weights": reference.sha256(name)}, make)
 
 
 def learning_curves(run: Run) -> pd.DataFrame:

@@ -1,0 +1,144 @@
+"""The reference networks: train and store one, or check the committed ones against their cards.
+
+python notebooks/references.py make PROFILE --seed N [--cnn] [--set NAME=VALUE ...]
+python notebooks/references.py check [NAME ...]
+
+`make` trains as a walk of the profile would (and goes on where it was interrupted), halves the weights' precision,
+scores them on the test images and writes paperlib/models/references/<name>.safetensors with its card, and the card as
+<name>.md.
+`check` scores committed networks and compares with their cards: exit code 1 if an accuracy differs.
+"""
+
+# ruff: noqa: E501 (rows of a Markdown table)
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+import stages
+import torch
+from safetensors.torch import save_file
+
+from paperlib import data, files, models, runs, training
+from paperlib.models import reference
+
+LICENCES = {
+    "glyphs100": "the glyphs are drawn by the package",
+    "cifar100": "CIFAR-100 (Krizhevsky 2009) comes without a licence, for research",
+    "flowers102": "Oxford Flowers-102 (Nilsback and Zisserman 2008) comes without a licence, for research",
+}
+CARD = """# {name}
+
+{model}, {parameters:,} parameters, stored in half precision. `paperlib.models.load_reference("{name}")`
+
+| | |
+|---|---|
+| data | {data}, {n_train} training and {n_test} test images of {image_size} x {image_size} pixels, {num_classes} labels |
+| split | {split} |
+| test accuracy | {test_accuracy:.2%} (mean over labels {mean_class_accuracy:.2%}), of the weights as stored, in fp32 |
+| training | {epochs} epochs, {hours:.2f} hours on {machine}, seed {seed} |
+| recipe | {recipe_text} |
+| code | revision {revision}, torch {torch} |
+| weights | MIT licence, like the code; {licence} |
+| limits | a network to take apart, not one to use: trained for the mechanism's sake, on one data set, with a short recipe; the last epoch's weights, chosen by nobody |
+
+| epoch | training loss | test accuracy |
+|---|---|---|
+{curve_rows}
+"""
+
+
+def scores(network: torch.nn.Module, images: data.Images) -> tuple[float, float]:
+    """Test accuracy over images, and its mean over labels."""
+    images = images.to(training.best_device())
+    network = network.to(training.best_device())
+    right = training.predict(network, images.x_test, *images.statistics).argmax(dim=1) == images.y_test
+    by_label = torch.stack([right[images.y_test == label].float().mean() for label in images.y_test.unique()])
+    return right.float().mean().item(), by_label.mean().item()
+
+
+def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
+    if changes.get("limit"):
+        raise ValueError("a reference network is trained on all images: leave limit out")
+    run = runs.open_run(profile, {**changes, "weights": "trained", "seeds": [seed]})
+    run = stages.cnn_half(run) if cnn else run
+    s, images, trained = run.settings, run.images, stages.train(run, seed)
+    name = runs.reference_name(s, seed)
+    weights = {key: value.half() if value.is_floating_point() else value
+               for key, value in trained.tensors("weights").items()}  # fmt: skip
+    if not all(value.isfinite().all() for value in weights.values()):
+        sys.exit(f"{name}: a weight is too large for half precision")
+    network = stages.build_network(run, seed)
+    network.load_state_dict(weights)
+    accuracy, by_label = scores(network, images)
+    seconds = json.loads((trained.folder / "seconds.json").read_text(encoding="utf-8"))
+    environment = runs.environment()
+    facts = {
+        "model": s.model, "num_classes": len(images.classes), "image_size": s.image_size,
+        "cct_options": {} if cnn else {"heads": s.heads or None, "positional_embedding": s.positional_embedding},
+        "data": s.data, "data_sha256": run.data_sha256, "n_train": len(images.x_train), "n_test": len(images.x_test),
+        "mean": images.statistics[0].flatten().tolist(), "std": images.statistics[1].flatten().tolist(),
+        "seed": seed, "recipe": asdict(stages.recipe(run)), "hours": round(sum(seconds) / 3600, 3),
+        "revision": json.loads((trained.folder / "stage.json").read_text(encoding="utf-8"))["revision"],
+        "environment": environment, "curve": runs.json_rows(trained.table("curve")),
+        "test_accuracy": accuracy, "mean_class_accuracy": by_label,
+    }  # fmt: skip
+    reference.FOLDER.mkdir(exist_ok=True)
+    with files.whole(reference.FOLDER / f"{name}.safetensors") as file:
+        save_file(weights, file.name, {"card": json.dumps(facts)})
+    (reference.FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
+    print(f"{name}: test accuracy {accuracy:.2%}")
+
+
+def page(name: str) -> str:
+    """The card of a reference as Markdown."""
+    facts = reference.card(name)
+    environment, recipe = facts["environment"], facts["recipe"]
+    return CARD.format(
+        **facts, name=name, epochs=recipe["epochs"], torch=environment["torch"],
+        parameters=sum(p.numel() for p in models.load_reference(name).parameters()),
+        split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"]],
+        machine=environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
+        recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key != "epochs"),
+        curve_rows="\n".join(f"| {row['epoch']} | {row['loss']:.3f} | {row['test_accuracy']:.2%} |"
+                             for row in facts["curve"]),
+    )  # fmt: skip
+
+
+def check(names: list[str]) -> int:
+    worst = 0
+    print("| network | test images | accuracy in the card | accuracy here |\n|---|---|---|---|")
+    for name in names:
+        facts = reference.card(name)
+        images = data.load(facts["data"], runs.folder_of("data"), facts["image_size"])
+        if images.sha256 != facts["data_sha256"]:
+            sys.exit(f"{name}: {facts['data']} is not the data that it was trained on")
+        accuracy, _ = scores(models.load_reference(name), images)
+        worst = max(worst, abs(accuracy - facts["test_accuracy"]))
+        cells = (name, str(facts["n_test"]), f"{facts['test_accuracy']:.4%}", f"{accuracy:.4%}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return int(worst > 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make", help="train and store one network")
+    making.add_argument("profile")
+    making.add_argument("--seed", type=int, required=True)
+    making.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its CCT")
+    making.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    commands.add_parser("check", help="compare accuracies with cards").add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "check":
+            return check(options.names or models.references())
+        make(options.profile, options.seed, options.cnn, runs.changes_of(options.set))
+    except (ValueError, OSError) as error:
+        print(f"references: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

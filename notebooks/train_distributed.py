@@ -1,0 +1,59 @@
+"""Train the networks of a profile on several devices or machines; the notebooks then find them.
+
+torchrun --nproc-per-node 8 notebooks/train_distributed.py cifar100 [--set NAME=VALUE ...]
+
+Rank 0 keeps the run folder. See paperlib/distributed.py for what the ranks share.
+"""
+
+import argparse
+import os
+import sys
+from datetime import timedelta
+
+import stages
+import torch
+import torch.distributed as dist
+
+from paperlib import runs, training
+from paperlib.distributed import place, share
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train on all ranks; exit code 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", nargs="?", default="quick")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    options = parser.parse_args(arguments)
+    try:
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("start this with torchrun --nproc-per-node <devices>, see the README")
+        changes = runs.changes_of(options.set)
+        runs.load_settings(options.profile, changes)
+    except (ValueError, OSError) as error:
+        print(f"train_distributed: {error}", file=sys.stderr)
+        return 2
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The other ranks wait while the first one downloads the data.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
+    try:
+        rank, _ = place()
+        # Rank 0 first, so that what has to be downloaded is downloaded once.
+        run = runs.open_run(options.profile, changes) if rank == 0 else None
+        share(None)
+        run = run or runs.open_run(options.profile, changes)
+        for seed in run.settings.seeds:
+            if rank == 0:
+                if not stages.train(run, seed).fresh:
+                    share(False)
+            elif share(None):  # rank 0 is about to train
+                network, images = stages.build_network(run, seed), run.images.to(training.best_device())
+                training.train(network, images, stages.recipe(run), seed, log=lambda line: None)
+        dist.barrier()  # nobody leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

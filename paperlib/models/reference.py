@@ -1,0 +1,57 @@
+"""The committed networks: weights in half precision, each with a card that says how it was trained.
+
+A reference is `references/<name>.safetensors` beside this file; the card is JSON in the file's header. It holds the
+network (model, num_classes, image_size, cct_options), the data (data, data_sha256, mean, std), the training (seed,
+recipe, hours, revision, environment) and what came out (curve, test_accuracy of the weights as committed, n_test).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+FOLDER = Path(__file__).parent / "references"
+
+
+def references() -> list[str]:
+    """Names of the committed networks."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def path_of(name: str) -> Path:
+    """The file of a reference; raises ValueError for a name that there is none of."""
+    if name not in references():
+        raise ValueError(
+            f"there is no reference network {name!r}: use one of {', '.join(references()) or '(none yet)'}"
+        )
+    return FOLDER / f"{name}.safetensors"
+
+
+def card(name: str) -> dict[str, Any]:
+    """A reference's card; see the head of this module."""
+    with safe_open(path_of(name), "pt") as file:
+        return json.loads(file.metadata()["card"])
+
+
+def sha256(name: str) -> str:
+    """Hash of a reference's file."""
+    return hashlib.sha256(path_of(name).read_bytes()).hexdigest()
+
+
+def load_reference(name: str) -> nn.Module:
+    """A committed network in evaluation mode, fp32, on the CPU: images normalised by its card's mean and std (channels
+    in 0..1) -> logits (B, num_classes). Raises ValueError for an unknown name.
+
+    The weights are the half-precision numbers of the file, so everybody measures the same network.
+    """
+    from paperlib.models import build
+
+    facts = card(name)
+    network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
+    with safe_open(path_of(name), "pt") as file:
+        network.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+    return network.to(memory_format=torch.channels_last).eval()

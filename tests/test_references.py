@@ -1,0 +1,99 @@
+"""Reference networks: what is stored is what is loaded, scored and measured; what was trained otherwise is refused."""
+
+import json
+
+import pytest
+import references
+import stages
+import torch
+from safetensors.torch import load_file, save_file
+
+from paperlib import models, runs
+from paperlib.models import reference
+
+CUT = {"max_steps": 2, "epochs": 1, "cnn_epochs": 1, "precision": "fp32"}
+
+
+@pytest.fixture
+def made(folders, monkeypatch):
+    """The name of a CCT that was trained for two steps and stored in a folder of this test's own."""
+    monkeypatch.setattr(reference, "FOLDER", folders / "references")
+    references.make("quick", 0, False, CUT)
+    return "glyphs100-24-cct_4_7x1-seed0"
+
+
+def edited_card(name, **changes):
+    facts = reference.card(name) | changes
+    save_file(load_file(reference.path_of(name)), reference.path_of(name), {"card": json.dumps(facts)})
+
+
+def test_a_stored_network_is_the_trained_one_in_half_precision(made):
+    trained = stages.train(runs.open_run("quick", CUT), 0).tensors("weights")
+    network = models.load_reference(made)
+    assert models.references() == [made] and not network.training
+    for key, value in network.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, trained[key].half().float()), key
+
+
+def test_check_compares_accuracies_with_cards(made, capsys):
+    assert references.main(["check"]) == 0
+    assert made in capsys.readouterr().out
+    edited_card(made, test_accuracy=reference.card(made)["test_accuracy"] + 0.01)
+    assert references.main(["check", made]) == 1
+
+
+def test_check_wants_the_data_of_the_card(made):
+    edited_card(made, data_sha256="0" * 64)
+    with pytest.raises(SystemExit, match="not the data"):
+        references.main(["check"])
+
+
+def test_a_walk_starts_from_a_reference(made):
+    run = runs.open_run("quick", CUT | {"weights": "reference"})
+    artefact = stages.train(run, 0)
+    expected = models.load_reference(made).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in artefact.tensors("weights").items())
+    assert runs.json_rows(stages.learning_curves(run)) == reference.card(made)["curve"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"), [({"epochs": 2}, "epochs=1, not 2"), ({"seeds": [0, 1]}, "no reference network .*seed1")]
+)
+def test_other_settings_than_the_references_are_refused(made, changes, sentence, refuses):
+    with refuses(sentence):
+        runs.load_settings("quick", CUT | {"weights": "reference"} | changes)
+
+
+def test_the_cnn_is_stored_too(folders, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", folders / "references")
+    assert (
+        references.main(["make", "quick", "--seed", "3", "--cnn", "--set", *(f"{k}={v}" for k, v in CUT.items())]) == 0
+    )
+    (name,) = models.references()
+    assert name == "glyphs100-24-vgg_11x16-seed3" and references.main(["check"]) == 0
+    assert "batch_size" in (reference.FOLDER / f"{name}.md").read_text()
+
+
+def test_a_reference_takes_all_images(folders, capsys):
+    assert references.main(["make", "quick", "--seed", "0", "--set", "limit=200"]) == 2
+    assert "limit" in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused(refuses, capsys):
+    with refuses("no reference network 'cct'"):
+        models.load_reference("cct")
+    assert references.main(["check", "cct"]) == 2 and "cct" in capsys.readouterr().err
+
+
+def test_committed_references_are_small_and_fit_their_cards():
+    assert sum(reference.path_of(name).stat().st_size for name in models.references()) <= 60e6
+    for name in models.references():
+        facts = reference.card(name)
+        assert name == f"{facts['data']}-{facts['image_size']}-{facts['model']}-seed{facts['seed']}"
+        assert not facts["revision"].endswith("changes")
+        assert facts["curve"][-1]["epoch"] == facts["recipe"]["epochs"] == len(facts["curve"])
+        # half precision moves an accuracy by a few images at most
+        assert abs(facts["test_accuracy"] - facts["curve"][-1]["test_accuracy"]) < 0.005
+        images = torch.randn(2, 3, facts["image_size"], facts["image_size"])
+        assert models.load_reference(name)(images).shape == (2, facts["num_classes"])
+        assert (reference.FOLDER / f"{name}.md").read_text() == references.page(name)
