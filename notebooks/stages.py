@@ -15,13 +15,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from paperlib import andc, distributed, figures, heads, models, readouts, snp, taps, training
+from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
 from paperlib.verdicts import interval
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+SUBSETS = 20  # random subsets of nodes of each size
 FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
 # Settings that decide an artefact, and so are part of its key
 ARCHITECTURE = (
@@ -106,8 +107,8 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
     and one over the held-out images give.
 
-    fields_test, fields_held_out (FF taps only): tap -> field matrices (D, L, L); correct: tap -> (n_test,) and
-    heads/tap -> (n_test, H) as 0/1.
+    weights: tap -> readout (L, T, D); fields_test, fields_held_out (FF taps only): tap -> field matrices (D, L, L);
+    correct: tap -> (n_test,) and heads/tap -> (n_test, H) as 0/1.
     """
     kinds = list(dict.fromkeys((*run.settings.taps, *(FF_TAPS if kind == "trained" else ()))))
     network, inputs = load_network(run, seed, kind)
@@ -124,6 +125,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         weights = readouts.train_readouts(network, places, x, y, labels, mean, std, how, seed, run.log)
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, mean, std)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
+        save_tensors(folder / "weights.safetensors", weights)
         save_tensors(folder / "fields_test.safetensors", _fields(weights, test))
         save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
         if kind == "trained":
@@ -133,7 +135,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds}
-    return run.stage(f"readouts-{kind}-seed{seed}", 1, config, inputs, make)
+    return run.stage(f"readouts-{kind}-seed{seed}", 2, config, inputs, make)
 
 
 def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
@@ -219,6 +221,64 @@ def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:
         for tap, values in readout(run, seed, kind).tensors("correct").items()
         if not tap.startswith("heads/")
     }
+
+
+def macroscopic_accuracies(run: Run) -> pd.DataFrame:
+    """Stage for every seed: accuracy of random subsets of an encoder's `block` nodes, predicted and measured.
+
+    seed, encoder, size (nodes), draw, predicted, measured (on the test images), only_size (mean measured accuracy of
+    as many nodes of encoder 1), all in 0..1. The prediction sees held-out training images, and test images nowhere.
+    """
+    return pd.concat([_macroscopic(run, seed).table("macroscopic") for seed in run.settings.seeds], ignore_index=True)
+
+
+def _macroscopic(run: Run, seed: int) -> Artefact:
+    source = readout(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        _, held = held_out(run.images.y_train, run.settings.held_out)
+        unseen, y_unseen = images.x_train[held], images.y_train[held]
+        shares = images.y_test.bincount() / len(images.y_test)
+        places = taps.cct_taps(network, ["block"])
+        weights, rows, factor, only_size = source.tensors("weights"), [], None, None
+        for place in places:
+            weight = weights[place.name].to(shares.device)
+            nodes = weight.shape[2]
+            sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
+            generator = training.generator(seed, "subsets", place.name)
+            subsets = macroscopic.random_subsets(nodes, sizes, SUBSETS, generator).to(shares.device)
+            mean, variance = macroscopic.moments(_batches(network, place, unseen, y_unseen, images), weight)
+            summed = [(subsets.float() @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in (mean, variance)]
+            if factor is None:  # fitted once, at encoder 1, on the images that gave the moments
+                right = _subset_accuracies(_batches(network, place, unseen, y_unseen, images), weight, subsets[-1:])
+                factor = macroscopic.correlation_factor(summed[0][-1], summed[1][-1], shares, right.item())
+            predicted = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
+            batches = _batches(network, place, images.x_test, images.y_test, images)
+            measured = _subset_accuracies(batches, weight, subsets)
+            row = {"seed": seed, "encoder": place.encoder, "factor": factor}
+            part = pd.DataFrame({**row, "size": torch.tensor(sizes).repeat_interleave(SUBSETS)})
+            part["draw"] = list(range(SUBSETS)) * len(sizes)
+            part["predicted"], part["measured"] = predicted.cpu(), measured.cpu()
+            part = part[(part["size"] < nodes) | (part.draw == 0)]  # there is one set of all nodes
+            only_size = part.groupby("size").measured.mean() if only_size is None else only_size
+            rows.append(part.assign(only_size=part["size"].map(only_size)))
+        save_table(folder / "macroscopic.csv", pd.concat(rows))
+
+    config = run.config("held_out") | {"seed": seed, "subsets": SUBSETS}
+    return run.stage(f"macroscopic-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+
+
+def _batches(network: nn.Module, place: taps.Tap, x: Tensor, y: Tensor, images: Images):
+    """Activations of one tap and labels, batch by batch."""
+    found = taps.activations(network, [place], x, *images.statistics)
+    return ((batch[place.name], labels) for batch, labels in zip(found, y.split(256), strict=True))
+
+
+def _subset_accuracies(batches, weight: Tensor, subsets: Tensor) -> Tensor:
+    answers = [macroscopic.subset_answers(x, weight, y, subsets) for x, y in batches]
+    return torch.cat(answers, dim=1).float().mean(dim=1)
 
 
 def pruning(run: Run) -> pd.DataFrame:

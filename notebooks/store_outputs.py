@@ -18,6 +18,7 @@ CLAIMS = {
     "C3": "[features sharpen along the encoders](notebooks/02_snr_per_encoder.ipynb)",
     "C4": "[ANDC pruning does not affect the accuracy](notebooks/03_andc_pruning.ipynb)",
     "C5": "[each head becomes expert in its own labels](notebooks/04_head_modus_vivendi.ipynb)",
+    "C6": "[accuracy follows from single nodes](notebooks/02_snr_per_encoder.ipynb)",
 }
 MARKS = ("<!-- verdicts: made by notebooks/store_outputs.py -->", "<!-- end of verdicts -->")
 

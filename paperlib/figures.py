@@ -104,6 +104,23 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
         return _stamped(figure, f"{data}, n = {part.seed.nunique()}; dashed: random network", data)
 
 
+def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
+    """Measured accuracy of subsets of nodes against the prediction from single nodes, and against that of as many nodes
+    of encoder 1; coloured by encoder, larger for more nodes (`stages.macroscopic_accuracies`)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True)
+        part = table[table.encoder > 1]
+        for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
+            size = 4 + 4 * np.log2(part["size"])
+            image = axis.scatter(100 * part[column], 100 * part.measured, size, part.encoder, cmap="viridis", alpha=0.6)
+            axis.plot([0, 100 * part.measured.max()], [0, 100 * part.measured.max()], color="grey", ls=":")
+        axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
+        axes[1].set(xlabel="as many nodes of encoder 1 (%)")
+        ticks = sorted(part.encoder.unique())
+        figure.colorbar(image, ax=axes[1], label="encoder", ticks=ticks)
+        return _stamped(figure, f"{data}, subsets of block nodes, n = {table.seed.nunique()}", data)
+
+
 def node_matrix(
     field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
 ) -> Figure:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CLUSTER_BYTES = 2**28  # memory for the cluster search of one chunk of nodes
+
 
 def class_means(activations: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     """Mean activation of each label's images: (n, T, D), (n,) -> (L, T, D). ValueError if a label has none."""
@@ -115,13 +117,34 @@ class NodeStatistics:
 
 def node_statistics(booleans: Tensor) -> NodeStatistics:
     """Cluster statistics of every node: (D, L, L) bool -> four (D,) tensors (code)."""
+    # A cluster search takes up to L times L bytes a node, as much again as its matrix: nodes go in chunks.
+    chunks = booleans.split(max(1, CLUSTER_BYTES // booleans[0].numel())) if len(booleans) else [booleans]
+    parts = [_chunk_statistics(chunk) for chunk in chunks]
+    return NodeStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _chunk_statistics(booleans: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cluster = cluster_labels(booleans)
     most = int(cluster.max()) + 1 if cluster.numel() else 0
     sizes = torch.stack([(cluster == number).sum(dim=1) for number in range(most)] or [cluster.sum(dim=1) * 0], dim=1)
     labels = sizes.sum(dim=1)
     internal = (sizes * (sizes - 1)).sum(dim=1)
     ones = booleans.flatten(1).sum(dim=1)
-    return NodeStatistics(labels, (sizes > 0).sum(dim=1), internal, ones - labels - internal)
+    return labels, (sizes > 0).sum(dim=1), internal, ones - labels - internal
+
+
+def measured_nodes(
+    readout_weight: Tensor, class_means: Tensor, threshold: float = 0.3, chunk: int = 64
+) -> tuple[NodeStatistics, Tensor]:
+    """Readout and class means (L, T, D) -> statistics and diagonal labels (D, L) of every node, without keeping all
+    matrices: a chunk of nodes takes about 20 L^2 bytes a node."""
+    pairs = zip(readout_weight.split(chunk, dim=2), class_means.split(chunk, dim=2), strict=True)
+    parts = []
+    for weight, means in pairs:
+        booleans = boolean_matrices(field_matrices(weight, means), threshold)
+        parts.append((*_chunk_statistics(booleans), diagonal_labels(booleans).clone()))
+    *statistics, diagonal = (torch.cat(values) for values in zip(*parts, strict=True))
+    return NodeStatistics(*statistics), diagonal
 
 
 @dataclass(frozen=True)

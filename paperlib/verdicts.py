@@ -143,6 +143,38 @@ def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
     ]
 
 
+def macroscopic(table: pd.DataFrame, data: str) -> list[dict]:
+    """C6: accuracies of encoders and subsets of nodes, beyond encoder 1, follow from single nodes: rank correlation of
+    predicted and measured at least 0.8, and a smaller mean error than a curve that knows the subset's size only."""
+    effects, intervals = ([], []), ([], [])
+    for seed in sorted(table.seed.unique()):
+        part = table[(table.seed == seed) & (table.encoder > 1)]
+        points = part[["predicted", "measured", "only_size"]].to_numpy()
+        rng = np.random.default_rng(0)
+        samples = points[rng.integers(len(points), size=(DRAWS, len(points)))]
+        for number, statistic in enumerate((_rank_agreement, _gain_over_size)):
+            effects[number].append(statistic(points[None])[0])
+            intervals[number].append(interval(statistic(samples)))
+    texts = (
+        "rank correlation of predicted and measured accuracy - 0.8",
+        "error of the size-only curve - of the prediction",
+    )
+    nulls = ("0.8", "accuracy of as many nodes of encoder 1")
+    return [verdict("C6", data, *row, True) for row in zip(texts, effects, intervals, nulls, strict=True)]
+
+
+def _rank_agreement(points: np.ndarray) -> np.ndarray:
+    """Spearman correlation of the first two columns - 0.8: (samples, points, 3) -> (samples,)."""
+    ranks = [pd.DataFrame(points[:, :, column]).rank(axis=1).to_numpy() for column in (0, 1)]
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    return (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1)) - 0.8
+
+
+def _gain_over_size(points: np.ndarray) -> np.ndarray:
+    predicted, measured, only_size = np.moveaxis(points, 2, 0)
+    return np.abs(only_size - measured).mean(axis=1) - np.abs(predicted - measured).mean(axis=1)
+
+
 def rank_trend(values: np.ndarray) -> np.ndarray:
     """Spearman correlation of values with their order along the last axis, in -1..1; 0 for constant values."""
     values = np.asarray(values)

@@ -307,6 +307,24 @@ def test_statistics_are_their_definitions(booleans):
 # --- what chance alone gives
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_nodes_in_chunks_are_the_nodes(chunk):
+    weight, means = random(9, 4, 7, seed=1), random(9, 4, 7, seed=2)
+    booleans = snp.boolean_matrices(snp.field_matrices(weight, means), 0.2)
+    nodes, diagonal = snp.measured_nodes(weight, means, 0.2, chunk)
+    expected = snp.node_statistics(booleans)
+    assert all(torch.equal(getattr(nodes, name), getattr(expected, name)) for name in nodes.__dataclass_fields__)
+    assert torch.equal(diagonal, snp.diagonal_labels(booleans))
+
+
+def test_many_nodes_with_many_labels_are_split(monkeypatch):
+    booleans = random(5, 6, 6) > 0
+    whole = snp.node_statistics(booleans)
+    monkeypatch.setattr(snp, "CLUSTER_BYTES", 72)  # two nodes at a time
+    parts = snp.node_statistics(booleans)
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in whole.__dataclass_fields__)
+
+
 def test_snr_of_gaussian_matrices_is_one():
     """About 3,700 recognised labels: 5 standard deviations are 8 %. Clusters and noise as in an independent count."""
     tap = snp.tap_statistics(snp.boolean_matrices(random(300, 100, 100, dtype=torch.float32)))

@@ -168,6 +168,44 @@ def test_modus_vivendi_rule(arguments, words):
     assert [row["verdict"] for row in verdicts.modus_vivendi(heads_table(*arguments), "cifar100")] == words
 
 
+def subsets_table(predict, seeds=3):
+    """Encoders 1..3, subsets whose accuracy grows with size and encoder; the prediction is a function of the truth."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(seeds):
+        for encoder in (1, 2, 3):
+            for size in (4, 16, 64):
+                for _ in range(20):
+                    truth = 0.05 * np.log2(size) + 0.05 * encoder + rng.uniform(0, 0.02)
+                    row = {"seed": seed, "encoder": encoder, "size": size, "measured": truth}
+                    rows.append({**row, "predicted": predict(truth, rng), "only_size": 0.05 * np.log2(size) + 0.06})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("predict", "words"),
+    [
+        (lambda truth, rng: truth + 0.01, ["supported", "supported"]),
+        (lambda truth, rng: truth + 0.2, ["supported", "not supported"]),  # right order, wrong height
+        (lambda truth, rng: 0.3 + 0.02 * rng.standard_normal(), ["not supported", "not supported"]),
+    ],
+)
+def test_macroscopic_rule(predict, words):
+    rows = verdicts.macroscopic(subsets_table(predict), "cifar100")
+    assert [row["verdict"] for row in rows] == words and all(row["claim"] == "C6" for row in rows)
+
+
+def test_macroscopic_rule_looks_beyond_encoder_1():
+    table = subsets_table(lambda truth, rng: truth)
+    table.loc[table.encoder == 1, "predicted"] = 0.0
+    assert [row["verdict"] for row in verdicts.macroscopic(table, "cifar100")] == ["supported", "supported"]
+
+
+def test_rank_agreement_is_spearmans():
+    points = np.random.default_rng(1).normal(size=(3, 30, 3)).round(1)  # with ties
+    expected = [pd.DataFrame(sample).corr(method="spearman").iloc[0, 1] - 0.8 for sample in points]
+    np.testing.assert_allclose(verdicts._rank_agreement(points), expected)
+
+
 def test_rank_trend():
     assert verdicts.rank_trend(np.array([1.0, 2.0, 5.0])) == pytest.approx(1)
     assert verdicts.rank_trend(np.array([5.0, 2.0, 1.0])) == pytest.approx(-1)

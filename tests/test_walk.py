@@ -14,7 +14,7 @@ CUT += ["batch_size=16", "readout_batch_size=16"]
 CACHES = {"cifar100": ("cifar100.npz", 30, 32), "flowers102": ("flowers102-224.npz", 30, 224)}
 FIGURES = {
     "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "accuracy_against_dilution", "head_map",
-    "head_specialisation",
+    "head_specialisation", "predicted_accuracies",
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_every_profile_walks_when_cut_short(profile, folders, write_cache, capsy
     }
     summary = json.loads((figures / "summary.json").read_text())
     assert summary["config"]["max_steps"] == 2 and summary["data"]["name"] == settings.data
-    assert {row["claim"] for row in summary["verdicts"]} == {"C2", "C3", "C4", "C5"}
+    assert {row["claim"] for row in summary["verdicts"]} == {"C2", "C3", "C4", "C5", "C6"}
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
     text = capsys.readouterr().out
