@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from verdicts import interval
 
 from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
-from paperlib.data import Images, held_out, normalise
+from paperlib.data import Images, held_out, normalise, superclasses
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
-from paperlib.verdicts import interval
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+ORDERS = 20  # orders of the labels in which clusters are searched, to see that it matters little
 SUBSETS = 20  # random subsets of nodes of each size
 FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
 # Settings that decide an artefact, and so are part of its key
@@ -30,9 +31,10 @@ ARCHITECTURE = (
 )  # fmt: skip
 TRAINING = tuple(training.Recipe.__dataclass_fields__)
 READOUT = (
-    "held_out", "taps", "shift", "flip", "precision", "max_steps", "readout_epochs", "readout_batch_size", "readout_lr",
+    "held_out", "shift", "flip", "precision", "max_steps", "readout_epochs", "readout_batch_size", "readout_lr",
     "readout_l2",
 )  # fmt: skip
+GROUP_L2 = 1e-3  # the penalty in the group's code, on activations that are not scaled
 PRUNING = ("prune_thresholds", "prune_draws", "retrain_thresholds", "retrain_epochs", "retrain_lr")
 
 
@@ -96,7 +98,7 @@ def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, s
     """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
     network = build_network(run, seed)
     inputs = {"data": run.data_sha256}
-    if kind == "trained":
+    if kind != "random":
         artefact = train(run, seed)
         network.load_state_dict(artefact.tensors("weights"))
         inputs["network"] = artefact.sha256
@@ -105,52 +107,123 @@ def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, s
 
 def readout(run: Run, seed: int, kind: str) -> Artefact:
     """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
-    and one over the held-out images give.
+    and one over the held-out images give. kind is one of NETWORKS, or `shuffled`: the trained network with its
+    readouts trained on labels dealt to other images.
 
     weights: tap -> readout (L, T, D); fields_test, fields_held_out (FF taps only): tap -> field matrices (D, L, L);
     correct: tap -> (n_test,) and heads/tap -> (n_test, H) as 0/1.
     """
-    kinds = list(dict.fromkeys((*run.settings.taps, *(FF_TAPS if kind == "trained" else ()))))
+    s = run.settings
+    once = s.taps_once if seed == s.seeds[0] and kind in NETWORKS else ()
+    kinds = list(dict.fromkeys((*s.taps, *once, *(FF_TAPS if kind == "trained" else ()))))
     network, inputs = load_network(run, seed, kind)
 
     def make(folder: Path) -> None:
-        s = run.settings
         images = run.images.to(training.best_device())
-        mean, std = images.statistics
-        kept, held = held_out(run.images.y_train, s.held_out)
         places = taps.cct_taps(network, kinds)
-        x, y, labels = images.x_train[kept], images.y_train[kept], len(images.classes)
-        own = {name: getattr(s, f"readout_{name}") for name in ("epochs", "batch_size", "lr", "l2")}
-        how = readouts.ReadoutRecipe(**own, **run.config("shift", "flip", "precision", "max_steps"))
-        weights = readouts.train_readouts(network, places, x, y, labels, mean, std, how, seed, run.log)
-        test = readouts.measure(network, places, weights, images.x_test, images.y_test, mean, std)
+        weights = _trained_readouts(run, network, places, images, seed, kind == "shuffled")
+        test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
         save_tensors(folder / "weights.safetensors", weights)
         save_tensors(folder / "fields_test.safetensors", _fields(weights, test))
         save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
         if kind == "trained":
+            _, held = held_out(run.images.y_train, s.held_out)
             places = [place for place in places if place.kind in FF_TAPS]
             weights = {place.name: weights[place.name] for place in places}
-            unseen = readouts.measure(network, places, weights, images.x_train[held], images.y_train[held], mean, std)
+            x, y = images.x_train[held], images.y_train[held]
+            unseen = readouts.measure(network, places, weights, x, y, *images.statistics)
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds}
-    return run.stage(f"readouts-{kind}-seed{seed}", 2, config, inputs, make)
+    return run.stage(f"readouts-{kind}-seed{seed}", 3, config, inputs, make)
+
+
+def _trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
+    """Readouts of some taps, trained on the kept training images as the settings say."""
+    s = run.settings
+    kept, _ = held_out(run.images.y_train, s.held_out)
+    x, y = images.x_train[kept], images.y_train[kept]
+    if shuffled:
+        y = y[torch.randperm(len(y), generator=training.generator(seed, "shuffled labels")).to(y.device)]
+    own = {name: getattr(s, f"readout_{name}") for name in ("batch_size", "lr", "l2")}
+    how = {"epochs": epochs or s.readout_epochs, **own, **run.config("shift", "flip", "precision", "max_steps")}
+    how = readouts.ReadoutRecipe(**how)
+    labels = len(images.classes)
+    return readouts.train_readouts(network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty)
+
+
+def penalties(run: Run) -> pd.DataFrame:
+    """Stage for the first seed: what the readouts' L2 penalty and their convergence do to accuracy and SNR.
+
+    network, encoder (first, middle, last), tap, l2 (a number, or `code` for the group's on unscaled activations),
+    epochs (penalty_epochs and half of it), accuracy (0..1), snr, snr_centred, offset_share.
+    """
+    seed = run.settings.seeds[0]
+    return pd.concat([_penalties(run, seed, kind).table("penalties") for kind in NETWORKS], ignore_index=True)
+
+
+def _penalties(run: Run, seed: int, kind: str) -> Artefact:
+    network, inputs = load_network(run, seed, kind)
+    s = run.settings
+    values = [f"{value:g}" for value in sorted({*s.penalties, s.readout_l2})] + ["code"]
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        last = len(network.classifier.blocks)
+        chosen = [tap for tap in taps.cct_taps(network, s.penalty_taps) if tap.encoder in {1, (last + 1) // 2, last}]
+        # One more tap for each penalty: it records what its twin records, and its readout trains in the same passes.
+        places = [replace(tap, kind=f"{tap.kind}@{value}", heads=0) for tap in chosen for value in values]
+
+        def penalty(name: str, scale: float) -> float:
+            value = name.partition("@")[2]
+            return GROUP_L2 / scale**2 if value == "code" else float(value)
+
+        rows = []
+        for epochs in (s.penalty_epochs // 2, s.penalty_epochs):
+            weights = _trained_readouts(run, network, places, images, seed, epochs=epochs, penalty=penalty)
+            test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
+            for place in places:
+                tap, _, value = place.kind.partition("@")
+                fields = snp.field_matrices(weights[place.name], test.class_means[place.name])
+                centred, share = snp.split_offset(fields)
+                raw, without = (
+                    snp.tap_statistics(snp.boolean_matrices(part, s.threshold)) for part in (fields, centred)
+                )
+                row = {"network": kind, "encoder": place.encoder, "tap": tap, "l2": value, "epochs": epochs}
+                row |= {"accuracy": test.correct[place.name].float().mean().item(), "snr": raw.snr}
+                rows.append(row | {"snr_centred": without.snr, "offset_share": share.mean().item()})
+        save_table(folder / "penalties.csv", rows)
+
+    config = run.config(*ARCHITECTURE, *READOUT, "penalty_taps", "penalty_epochs", "threshold")
+    config |= {"seed": seed, "kind": kind, "penalties": values}
+    return run.stage(f"penalties-{kind}-seed{seed}", 1, config, inputs, make)
 
 
 def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
     return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
 
 
+def moved_by_more_epochs(table: pd.DataFrame) -> pd.DataFrame:
+    """Largest change over encoders of accuracy and SNR when the readouts train twice as long (`penalties`)."""
+    keys = ["network", "tap", "l2"]
+    wide = table.astype({"l2": str}).pivot_table(index=[*keys, "encoder"], columns="epochs", values=["accuracy", "snr"])
+    first, last = (wide.xs(epochs, axis=1, level=1) for epochs in sorted(table.epochs.unique()))
+    return (last - first).abs().groupby(keys).max().round(3)
+
+
 def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Stage for every network: (statistics of each tap at each threshold, statistics of each node at the main one).
+    For the first seed there is a third network, `shuffled` (see `readout`).
 
     First table: seed, network, encoder, tap, threshold, centred, accuracy (0..1) and the fields of `snp.TapStatistics`;
     with offset_share where centred is False. Second: seed, network, encoder, tap, node, labels, clusters, internal,
     external, offset_share.
     """
-    both = [_snr(run, seed, kind, readout(run, seed, kind)) for seed in run.settings.seeds for kind in NETWORKS]
-    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in ("taps", "nodes"))
+    seeds = run.settings.seeds
+    networks = [(seed, kind) for seed in seeds for kind in NETWORKS] + [(seeds[0], "shuffled")]
+    found = [_snr(run, seed, kind, readout(run, seed, kind)) for seed, kind in networks]
+    return tuple(pd.concat([one.table(name) for one in found], ignore_index=True) for name in ("taps", "nodes"))
 
 
 def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
@@ -199,17 +272,72 @@ def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
 def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of one node of the last encoder, the one whose number of labels is nearest to the tap's median among
     those with a cluster of two or more, and its field matrix as a table."""
-    found = readout(run, seed, "trained").tensors("fields_test")
-    tap = max((tap for tap in found if tap.endswith(f".{kind}")), key=lambda name: int(name.split(".")[0]))
-    fields = found[tap]
+    found = _fields_along(run, seed, kind)
+    encoder, fields = list(found.items())[-1]
     booleans = snp.boolean_matrices(fields, run.settings.threshold)
-    nodes = snp.node_statistics(booleans)
-    distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
-    node = int(distance.argmin())
+    node = _chosen_nodes(snp.node_statistics(booleans))["typical"]
     clusters = snp.label_clusters(booleans[node])
-    place = f"encoder {tap.split('.')[0]}, {kind}, node {node}, seed {seed}"
+    place = f"encoder {encoder}, {kind}, node {node}, seed {seed}"
     figure = figures.node_matrix(fields[node], booleans[node], clusters, run.images.classes, run.images.name, place)
     return figure, pd.DataFrame(fields[node].numpy())
+
+
+def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
+    """A figure of typical and extreme nodes of the first, middle and last encoder, and which nodes they are."""
+    found = _fields_along(run, seed, kind)
+    panels, rows = {}, []
+    for encoder in sorted({1, (len(found) + 1) // 2, len(found)}):
+        booleans = snp.boolean_matrices(found[encoder], run.settings.threshold)
+        nodes = snp.node_statistics(booleans)
+        for what, node in _chosen_nodes(nodes).items():
+            panels[f"encoder {encoder}", what] = (found[encoder][node], snp.label_clusters(booleans[node]))
+            numbers = {name: int(getattr(nodes, name)[node]) for name in nodes.__dataclass_fields__}
+            rows.append({"encoder": encoder, "tap": kind, "which": what, "node": node, **numbers})
+    return figures.node_gallery(panels, run.images.name, f"{kind}, seed {seed}"), pd.DataFrame(rows)
+
+
+def _fields_along(run: Run, seed: int, kind: str) -> dict[int, Tensor]:
+    """Encoder -> field matrices of one kind of tap, trained network."""
+    found = readout(run, seed, "trained").tensors("fields_test")
+    return dict(sorted((int(name.split(".")[0]), found[name]) for name in found if name.endswith(f".{kind}")))
+
+
+def _chosen_nodes(nodes: snp.NodeStatistics) -> dict[str, int]:
+    """A typical node (labels nearest to the median, among those with a cluster of two or more) and extreme ones."""
+    distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
+    largest = nodes.labels.float() / nodes.clusters.clamp(min=1)
+    chosen = {"typical": distance.argmin(), "fewest labels": nodes.labels.where(nodes.labels > 0, 10**6).argmin()}
+    chosen |= {"most labels": nodes.labels.argmax(), "largest clusters": largest.argmax()}
+    return {what: int(node) for what, node in chosen.items()}
+
+
+def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Which labels share clusters in the last encoder's `block`, first seed: (the ten pairs with most nodes, summary).
+
+    First table: label, other, nodes, same_superclass (CIFAR-100 only). Second: share of clustered pairs in one
+    superclass with the 95 % range and largest value over permuted label names, and what the order of labels does.
+    """
+    *_, fields = _fields_along(run, run.settings.seeds[0], "block").values()
+    booleans, classes = snp.boolean_matrices(fields, run.settings.threshold), run.images.classes
+    pairs, groups = snp.clustered_pairs(booleans), superclasses(classes)
+    top = pairs.triu().flatten().topk(10).indices
+    rows = [{"label": classes[i // len(classes)], "other": classes[i % len(classes)]} for i in top.tolist()]
+    table = pd.DataFrame(rows).assign(nodes=pairs.flatten()[top].tolist())
+    generator = training.generator(0, "label permutations")
+    summary = {}
+    if groups is not None:
+        table["same_superclass"] = (groups[top // len(classes)] == groups[top % len(classes)]).tolist()
+        dealt = [snp.share_within(pairs, groups[torch.randperm(len(groups), generator=generator)]) for _ in range(1000)]
+        low, high = interval(dealt)
+        summary |= {"share of pairs in one superclass": snp.share_within(pairs, groups)}
+        summary |= {"permuted names, 2.5 %": low, "permuted names, 97.5 %": high, "permuted names, largest": max(dealt)}
+    clusters, sizes = snp.order_spread(booleans, ORDERS, generator)
+    for name, values in (("clusters per node", clusters), ("pooled cluster size", sizes)):
+        summary |= {
+            f"{name}, mean over {ORDERS} label orders": values.mean().item(),
+            f"{name}, deviation": values.std().item(),
+        }
+    return table, pd.DataFrame(summary.items(), columns=["", "value"]).set_index("").round(4)
 
 
 def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:

@@ -121,25 +121,95 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
         return _stamped(figure, f"{data}, subsets of block nodes, n = {table.seed.nunique()}", data)
 
 
+def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Figure:
+    """How recognised labels, clusters and noise are spread over the nodes of one tap, encoder by encoder: the middle
+    50 and 95 % and the median, trained and random network (second table of `stages.snr`)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(7, 2.8))
+        part = nodes[nodes.tap == tap].assign(noise=nodes.internal + nodes.external)
+        for axis, column in zip(axes, ("labels", "clusters", "noise"), strict=True):
+            for kind, colour, shift in (("trained", COLOURS[0], -0.15), ("random", COLOURS[6], 0.15)):
+                spread = part[part.network == kind].groupby("encoder")[column].quantile([0.025, 0.25, 0.5, 0.75, 0.975])
+                q = spread.unstack()
+                axis.vlines(q.index + shift, q[0.025], q[0.975], color=colour, lw=1)
+                axis.vlines(q.index + shift, q[0.25], q[0.75], color=colour, lw=4)
+                axis.plot(q.index + shift, q[0.5], "o", ms=4, mfc="white", color=colour, label=kind)
+            axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=(0, None))
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
+        return _stamped(figure, f"{data}, nodes of {tap}, n = {part.seed.nunique()}", data)
+
+
+def penalties(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy and SNR of each tap at three encoders for several L2 penalties of the readouts; faint: half the epochs;
+    dashed: random network (`stages.penalties`)."""
+    taps, values = sorted(table.tap.unique(), key=list(TAP_COLOURS).index), list(table.l2.astype(str).unique())
+    colours = dict(zip(values, plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values))), strict=True))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(taps), figsize=(1.6 + 2.2 * len(taps), 4), squeeze=False, sharex=True)
+        for (_, tap, value, epochs), part in table.astype({"l2": str}).groupby(["network", "tap", "l2", "epochs"]):
+            faint = 1.0 if epochs == table.epochs.max() else 0.35
+            line = "x--" if part.network.iloc[0] == "random" else "o-"
+            for axis, column, scale in zip(axes[:, taps.index(tap)], ("accuracy", "snr"), (100, 1), strict=True):
+                axis.plot(part.encoder, scale * part[column], line, ms=4, color=colours[value], alpha=faint)
+        for axis, tap in zip(axes[0], taps, strict=True):
+            axis.set_title(tap, fontsize=9)
+        axes[0, 0].set(ylabel="readout accuracy (%)")
+        axes[1, 0].set(ylabel="SNR")
+        for axis in axes[1]:
+            axis.set(xlabel="encoder")
+        for value in values:
+            axes[0, 0].plot([], [], "o-", ms=4, color=colours[value], label=value)
+        figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
+        return _stamped(figure, f"{data}, {table.epochs.max()} epochs (faint: {table.epochs.min()})", data)
+
+
+def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], data: str, place: str) -> Figure:
+    """(encoder, kind of node) -> field matrix (L, L) and clusters: one small field matrix each, labels ordered by
+    cluster, clusters framed; encoders are rows."""
+    rows, columns = (list(dict.fromkeys(key[part] for key in panels)) for part in (0, 1))
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = (1 + 1.9 * len(columns), 2 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+        for (row, column), (field, clusters) in panels.items():
+            axis = axes[rows.index(row), columns.index(column)]
+            order = _by_cluster(clusters, len(field))
+            image = axis.imshow((field / field.max())[order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+            _frame(axis, clusters)
+            axis.set(xticks=[], yticks=[])
+            if row == rows[0]:
+                axis.set_title(column, fontsize=8)
+            if column == columns[0]:
+                axis.set_ylabel(row, fontsize=8)
+        figure.colorbar(image, ax=axes, label="field / maximum", shrink=0.6)
+        return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
+
+
+def _by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
+    first = [label for cluster in clusters for label in cluster]
+    return first + [label for label in range(labels) if label not in set(first)]
+
+
+def _frame(axis, clusters: list[list[int]]) -> None:
+    start = -0.5
+    for cluster in clusters:
+        axis.add_patch(plt.Rectangle((start, start), len(cluster), len(cluster), fill=False, ec=COLOURS[1], lw=1.2))
+        start += len(cluster)
+
+
 def node_matrix(
     field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
 ) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
-    first = [label for cluster in clusters for label in cluster]
-    order = first + [label for label in range(len(classes)) if label not in set(first)]
+    order = _by_cluster(clusters, len(classes))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
         scaled = (field / field.max())[order][:, order].numpy()
         image = axes[0].imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1)
         figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8)
-        shown = max(len(first) + 5, 12)
+        shown = max(sum(map(len, clusters)) + 5, 12)
         axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
-        start = 0
-        for cluster in clusters:
-            size = len(cluster)
-            frame = plt.Rectangle((start - 0.5, start - 0.5), size, size, fill=False, ec="#D55E00", lw=1.5)
-            axes[1].add_patch(frame)
-            start += size
+        _frame(axes[1], clusters)
         names = [_plain(classes[label]) for label in order[:shown]]
         axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
         axes[1].set_yticks(range(shown), names, fontsize=7)

@@ -39,12 +39,14 @@ def train_readouts(
     recipe: ReadoutRecipe,
     seed: int,
     log: Callable[[str], None] = print,
+    penalty: Callable[[str, float], float] | None = None,
 ) -> dict[str, Tensor]:
     """Train a readout on each tap of a frozen network: uint8 images, labels -> tap name -> weight (L, T, D), fp32.
 
     A readout is linear, without bias, from all T*D activations to the L labels (family). It aims at the minimum of mean
     cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
-    into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice).
+    into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice). `penalty`
+    gives a tap's l2 from its name and RMS, where one penalty for all is not meant.
     """
     scales = _rms(network, taps, images[:1024], mean, std)
     weights = {}
@@ -56,7 +58,9 @@ def train_readouts(
             start = torch.rand(num_labels, features, generator=generator(seed, "readout", tap.name)) * 2 - 1
             weights[tap.name] = (start / features**0.5).to(images.device)
             weights[tap.name].grad = torch.zeros_like(weights[tap.name])
-        adam = torch.optim.Adam(list(weights.values()), lr=recipe.lr, weight_decay=recipe.l2, fused=True)
+        penalties = {name: penalty(name, scales[name]) if penalty else recipe.l2 for name in weights}
+        groups = [{"params": [weight], "weight_decay": penalties[name]} for name, weight in weights.items()]
+        adam = torch.optim.Adam(groups, lr=recipe.lr, fused=True)
         batches = -(-len(images) // recipe.batch_size)
         steps_per_epoch = min(batches, recipe.max_steps or batches)
         for epoch in range(recipe.epochs):
@@ -73,7 +77,8 @@ def train_readouts(
                         weights[tap.name], recorded[tap.name].flatten(1).float(), scales[tap.name], batch_labels
                     )
                 done = epoch * steps_per_epoch + step
-                adam.param_groups[0]["lr"] = recipe.lr * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
+                for group in adam.param_groups:
+                    group["lr"] = recipe.lr * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
                 adam.step()
             log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
         positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}

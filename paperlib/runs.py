@@ -75,10 +75,14 @@ class Settings(BaseModel):
     max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
     held_out: Share = Field(description="share of the training images that readouts never see (they decide masks)")
     taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")
+    taps_once: list[str] = Field(description="further taps, measured for the first seed only")
     readout_epochs: int = Field(ge=1, description="epochs of readout training")
     readout_batch_size: int = Field(ge=1, description="images in a readout step")
     readout_lr: Number = Field(gt=0, description="largest learning rate of the readouts")
     readout_l2: Number = Field(ge=0, description="L2 penalty of the readouts")
+    penalties: list[Number] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
+    penalty_taps: list[str] = Field(description="taps of that comparison, at the first, middle and last encoder")
+    penalty_epochs: int = Field(ge=2, description="epochs of its readouts; half as many show what is still moving")
     threshold: Threshold = Field(description="a field above this share of the node's maximum counts")
     threshold_sweep: list[Threshold] = Field(description="thresholds for the sweep of notebook 02")
     prune_thresholds: list[Threshold] = Field(min_length=1, description="thresholds of the dilution sweep")
@@ -138,8 +142,9 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
     data.check_name(_located(settings.data))
     if len(set(settings.seeds)) < len(settings.seeds):
         raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
+    kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
     with training.seeded(0):  # finds a wrong model, number of heads or tap
-        taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), settings.taps)
+        taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), kinds)
     parse_vgg(settings.cnn)
     check_references(settings)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)

@@ -105,6 +105,31 @@ def label_clusters(boolean: Tensor) -> list[list[int]]:
     return [(cluster == number).nonzero().squeeze(1).tolist() for number in range(int(cluster.max()) + 1)]
 
 
+def clustered_pairs(booleans: Tensor) -> Tensor:
+    """How many nodes hold both labels in one cluster: (D, L, L) bool -> (L, L) int64, 0 on the diagonal."""
+    pairs = torch.zeros(booleans.shape[1:], dtype=torch.long, device=booleans.device)
+    for cluster in cluster_labels(booleans):
+        pairs += (cluster[:, None] == cluster) & (cluster >= 0)
+    return pairs.fill_diagonal_(0)
+
+
+def share_within(pairs: Tensor, groups: Tensor) -> float:
+    """Share of clustered pairs (L, L) whose labels are of one group (L,); nan without pairs."""
+    return _quotient(float(pairs[groups[:, None] == groups].sum()), float(pairs.sum()))
+
+
+def order_spread(booleans: Tensor, orders: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Clusters per node and pooled cluster size with the labels in random orders: two (orders,) tensors. Only they
+    depend on the order of labels, as clusters are searched greedily."""
+    found = []
+    for _ in range(orders):
+        order = torch.randperm(booleans.shape[1], generator=generator)
+        statistics = tap_statistics(booleans[:, order][:, :, order])
+        found.append((statistics.clusters_per_node, statistics.pooled_cluster_size))
+    clusters, sizes = torch.tensor(found).T
+    return clusters, sizes
+
+
 @dataclass(frozen=True)
 class NodeStatistics:
     """One entry per node, all (D,) int64."""

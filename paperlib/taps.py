@@ -23,6 +23,7 @@ class Tap:
     module: str  # the sub-module's path
     side: str = "output"  # or "input"
     heads: int = 0  # heads whose nodes lie side by side here; 0 where they are mixed
+    pooled: bool = False  # whether the mean over positions is taken (T = 1)
 
     @property
     def name(self) -> str:
@@ -41,21 +42,27 @@ CCT_TAPS = {
 }
 
 
+# What follows the last encoder: its LayerNorm, and the normalised tokens as SeqPool weighs them
+AFTER_CCT = {"norm": "classifier.norm", "weighed": "classifier.weighed"}
+
+
 def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
-    """The taps of a CCT, encoder by encoder; kinds among `stem` (tokens plus position) and the keys of `CCT_TAPS`."""
+    """The taps of a CCT, encoder by encoder; kinds among `stem` (tokens plus position), the keys of `CCT_TAPS`,
+    `pooled` (the mean of `block` over tokens) and, counted as the last encoder's, the keys of `AFTER_CCT`."""
     kinds = list(kinds)
-    unknown = set(kinds) - {"stem", *CCT_TAPS}
-    if unknown:
-        raise ValueError(f"unknown tap {sorted(unknown)[0]!r}: use stem, {', '.join(CCT_TAPS)}")
-    heads = network.classifier.blocks[0].self_attn.heads
+    known = ["stem", *CCT_TAPS, "pooled", *AFTER_CCT]
+    if unknown := set(kinds) - set(known):
+        raise ValueError(f"unknown tap {sorted(unknown)[0]!r}: use {', '.join(known)}")
+    blocks = network.classifier.blocks
     taps = [Tap(0, "stem", "classifier.blocks.0", "input")] if "stem" in kinds else []
-    for index in range(len(network.classifier.blocks)):
+    for index in range(len(blocks)):
         for kind in kinds:
-            if kind != "stem":
-                module, side = CCT_TAPS[kind]
+            if kind in CCT_TAPS or kind == "pooled":
+                module, side = CCT_TAPS["block" if kind == "pooled" else kind]
                 path = f"classifier.blocks.{index}.{module}".rstrip(".")
-                taps.append(Tap(index + 1, kind, path, side, heads if kind == "attn" else 0))
-    return taps
+                heads = blocks[0].self_attn.heads if kind == "attn" else 0
+                taps.append(Tap(index + 1, kind, path, side, heads, kind == "pooled"))
+    return taps + [Tap(len(blocks), kind, AFTER_CCT[kind]) for kind in kinds if kind in AFTER_CCT]
 
 
 @contextmanager
@@ -64,7 +71,11 @@ def recording(network: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Ten
     recorded: dict[str, Tensor] = {}
 
     def keep(tap: Tap):
-        return lambda module, args, *output: recorded.update({tap.name: as_nodes(output[0] if output else args[0])})
+        def hook(module, args, *output):
+            nodes = as_nodes(output[0] if output else args[0])
+            recorded[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
+
+        return hook
 
     hooks = []
     try:

@@ -101,6 +101,32 @@ def test_taps_equal_the_equations_of_the_block(network):
             close(tap["block"], x, atol=1e-4, rtol=1e-4)
 
 
+def test_taps_after_the_last_encoder_lead_to_the_logits(network):
+    images = torch.randn(2, 3, 16, 16, generator=seeded())
+    recorded = record(network, ["block", "pooled", "norm", "weighed"], images)
+    classifier = network.classifier
+    assert [tap.name for tap in taps.cct_taps(network, ["weighed", "pooled"])] == ["1.pooled", "2.pooled", "2.weighed"]
+    with torch.no_grad():
+        torch.testing.assert_close(recorded["2.norm"], classifier.norm(recorded["2.block"]))
+        torch.testing.assert_close(classifier.fc(recorded["2.weighed"].sum(dim=1)), network(images))
+    for encoder in (1, 2):
+        mean = recorded[f"{encoder}.block"].mean(dim=1, keepdim=True)
+        torch.testing.assert_close(recorded[f"{encoder}.pooled"], mean)
+
+
+def test_a_pooled_nodes_field_matrix_has_rank_one(network):
+    """Why pooled and flattened readouts are not comparable: with one position, M_k is an outer product."""
+    images, labels = pictures(30), torch.arange(30) % 5
+    found = taps.cct_taps(network, ["block", "pooled"])
+    weights = train(network, found, images, labels, 5)
+    means = readouts.measure(network, found, weights, images, labels, MEAN, STD).class_means
+    ranks = {
+        kind: torch.linalg.matrix_rank(snp.field_matrices(weights[f"2.{kind}"], means[f"2.{kind}"]), rtol=1e-4)
+        for kind in ("block", "pooled")
+    }
+    assert ranks["pooled"].max() == 1 and ranks["block"].min() >= 4
+
+
 def test_unknown_taps_are_refused(network, refuses):
     with refuses("unknown tap 'ff3'"):
         taps.cct_taps(network, ["block", "ff3"])
@@ -281,6 +307,27 @@ def test_readouts_reach_the_optimum(l2, batch_size, epochs, excess, distance):
         found = weights[name].double().flatten(1) * scale * factor  # of the activations divided by their RMS
         assert -1e-9 < objective(found).item() - minimum < excess
         assert (found - best).norm() / best.norm() < distance
+
+
+def test_every_tap_may_have_its_own_penalty():
+    """Twins of one tap: what one pass trains with two penalties is what two passes train; the RMS is handed over."""
+    images, labels = colours(48)
+    network, seen = nn.Sequential(nn.Identity()), {}
+    twins = [replace(PIXELS, kind=f"pixels@{value}") for value in ("0.3", "0.01")]
+
+    def penalty(name, scale):
+        seen[name] = scale
+        return float(name.partition("@")[2])
+
+    both = readouts.train_readouts(
+        network, twins, images, labels, 3, MEAN, STD, RECIPE, 0, lambda line: None, penalty=penalty
+    )
+    rms = normalise(images, MEAN, STD).square().mean().sqrt().item()
+    assert list(seen.values()) == pytest.approx([rms, rms])
+    for twin, l2 in zip(twins, (0.3, 0.01), strict=True):
+        alone = train(network, [twin], images, labels, 3, replace(RECIPE, l2=l2))
+        torch.testing.assert_close(both[twin.name], alone[twin.name])
+    assert both[twins[0].name].norm() < both[twins[1].name].norm()
 
 
 def test_a_silent_tap_gives_finite_weights():

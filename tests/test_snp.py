@@ -307,6 +307,27 @@ def test_statistics_are_their_definitions(booleans):
 # --- what chance alone gives
 
 
+def test_pairs_are_counted_where_two_labels_share_a_cluster():
+    stack = torch.stack([matrices(block([0, 1, 2], [4]), 5), matrices(block([0, 1], [3, 4]), 5)])
+    pairs = snp.clustered_pairs(stack)
+    expected = {(0, 1): 2, (0, 2): 1, (1, 2): 1, (3, 4): 1}
+    assert {(a, b): int(pairs[a, b]) for a in range(5) for b in range(a + 1, 5) if pairs[a, b]} == expected
+    assert torch.equal(pairs, pairs.T)
+    assert snp.share_within(pairs, torch.tensor([0, 0, 0, 1, 2])) == pytest.approx(4 / 5)
+    assert math.isnan(snp.share_within(torch.zeros(5, 5), torch.arange(5)))
+
+
+def test_the_order_of_labels_moves_clusters_only():
+    """A chain 0-1-2, where 0 and 2 are not connected: two clusters in any order. A longer one: it depends."""
+    chain = matrices(block([0, 1], [1, 2]), 3)[None]
+    clusters, sizes = snp.order_spread(chain, 10, torch.Generator().manual_seed(0))
+    assert clusters.tolist() == [2.0] * 10 and sizes.tolist() == [1.5] * 10
+    chain = matrices(block([0, 1], [1, 2], [2, 3]), 4)[None]
+    clusters, sizes = snp.order_spread(chain, 30, torch.Generator().manual_seed(0))
+    assert set(clusters.tolist()) == {2.0, 3.0}  # {01}{23}, or {12}{0}{3}
+    torch.testing.assert_close(clusters * sizes, torch.full((30,), 4.0))
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_nodes_in_chunks_are_the_nodes(chunk):
     weight, means = random(9, 4, 7, seed=1), random(9, 4, 7, seed=2)

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-from paperlib import verdicts
+import verdicts
 
 L = 100
 
@@ -32,6 +31,18 @@ def answers(seeds, trained, random):
         for kind, accuracies in (("trained", trained), ("random", random))
         for encoder, accuracy in enumerate(accuracies, start=1)
     }
+
+
+def penalty_table(trained=(0.1, 0.2, 0.3), random=(0.1, 0.1, 0.1), **others):
+    """Accuracy and SNR at three encoders for two penalties; others: penalty -> curve of the trained network."""
+    rows = []
+    for value in ("0.001", "0.01", *others):
+        for kind, curve in (("trained", others.get(value, trained)), ("random", random)):
+            for encoder, number in zip((1, 4, 7), curve, strict=True):
+                for tap in ("attn", "block", "ff2"):
+                    row = {"network": kind, "encoder": encoder, "tap": tap, "l2": value, "epochs": 4}
+                    rows.append({**row, "accuracy": number, "snr": 10 * number})
+    return pd.DataFrame(rows)
 
 
 RISING, FLAT = [2.0, 2.5, 3.0, 4.0], [1.3, 1.3, 1.3, 1.3]
@@ -88,7 +99,7 @@ def test_clusters_need_every_encoder_above_the_null():
 def test_sharpening_needs_trend_and_growth(curve, word):
     nodes = nodes_table(3, curve, FLAT, spread=0.1)
     correct = answers(3, [c / 10 for c in curve], [0.1] * 4)
-    rows = verdicts.sharpening(nodes, correct, "cifar100", L)
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table())
     assert [row["statistic"].split(",")[0] for row in rows] == [
         "accuracy of block",
         "SNR of attn",
@@ -100,15 +111,34 @@ def test_sharpening_needs_trend_and_growth(curve, word):
 
 def test_sharpening_must_exceed_the_random_networks():
     nodes = nodes_table(3, RISING, [1.0, 2.0, 3.0, 5.0], spread=0.1)
-    rows = verdicts.sharpening(nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L)
+    rows = verdicts.sharpening(nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, penalty_table())
     assert {row["verdict"] for row in rows[1:]} == {"not supported"}
     assert rows[0]["verdict"] == "supported"
+
+
+@pytest.mark.parametrize(
+    ("curve", "random"),
+    [((0.3, 0.4, 0.2), (0.1, 0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.3, 0.5)), ((0.2,) * 3, (0.1,) * 3)],
+)
+def test_one_penalty_without_sharpening_decides(curve, random):
+    nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table(random=random, code=curve))
+    assert {row["verdict"] for row in rows} == {"not supported"}
+    assert all("fails for penalties" in row["null"] and "code" in row["null"] for row in rows)
+
+
+def test_penalties_count_after_all_epochs():
+    early = penalty_table((0.3, 0.2, 0.1)).assign(epochs=2)  # readouts that have not converged
+    table = pd.concat([early, penalty_table()])
+    nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    assert {row["verdict"] for row in verdicts.sharpening(nodes, correct, "cifar100", L, table)} == {"supported"}
 
 
 def test_a_tap_without_depth_has_no_row():
     nodes = nodes_table(3, RISING, FLAT)
     stem = nodes[(nodes.tap == "attn") & (nodes.encoder == 1)].assign(tap="stem", encoder=0)
-    rows = verdicts.sharpening(pd.concat([nodes, stem]), answers(3, [0.1] * 4, [0.1] * 4), "cifar100", L)
+    correct = answers(3, [0.1] * 4, [0.1] * 4)
+    rows = verdicts.sharpening(pd.concat([nodes, stem]), correct, "cifar100", L, penalty_table())
     assert len(rows) == 4
 
 

@@ -153,6 +153,7 @@ class TransformerClassifier(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.attention_pool = nn.Linear(width, 1)
+        self.weighed = nn.Identity()  # a place to tap: tokens as SeqPool weighs them
         self.fc = nn.Linear(width, num_classes)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -165,8 +166,8 @@ class TransformerClassifier(nn.Module):
     def classify(self, stream: Tensor) -> Tensor:
         """The last encoder's output (B, N, d) -> logits (B, labels), through LayerNorm, SeqPool and the classifier."""
         x = self.norm(stream)
-        pooled = self.attention_pool(x).softmax(dim=1).transpose(1, 2) @ x  # SeqPool: (B, 1, d)
-        return self.fc(pooled.squeeze(1))
+        weighed = self.weighed(self.attention_pool(x).softmax(dim=1) * x)  # SeqPool: a weighted mean over tokens
+        return self.fc(weighed.sum(dim=1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         stream = self.embed(tokens)

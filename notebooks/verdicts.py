@@ -65,9 +65,10 @@ def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
     ]
 
 
-def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int) -> list[dict]:
+def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penalties: pd.DataFrame) -> list[dict]:
     """C3: accuracy and raw SNR grow along the encoders: rank trend > 0 and last - first > 0, both larger than the
-    random network's. One row for the accuracy of `block`, one for the SNR of each tap; the effect is last - first."""
+    random network's, and so for every L2 penalty of the readouts that was tried. One row for the accuracy of `block`,
+    one for the SNR of each tap; the effect is last - first."""
     rows = []
     for statistic, tap in [("accuracy", "block"), *(("SNR", tap) for tap in sorted(nodes.tap.unique()))]:
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
@@ -90,9 +91,22 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int) -> li
             trend_low = interval(rank_trend(draws))[0]
             intervals.append((low if trend_low > 0 else min(low, 0.0), high))
             beaten.append(point[-1] - point[0] > random[-1] - random[0] and rank_trend(point) > rank_trend(random))
+        failing = _failing_penalties(penalties[penalties.tap == tap], statistic.lower())
+        null = RANDOM_NETWORK + (f"; fails for penalties {', '.join(failing)}" if failing else "; every penalty")
         text = f"{statistic} of {tap}, last - first encoder; rank trend > 0"
-        rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, all(beaten)))
+        rows.append(verdict("C3", data, text, effects, intervals, null, all(beaten) and not failing))
     return rows
+
+
+def _failing_penalties(table: pd.DataFrame, column: str) -> list[str]:
+    """Penalties with which a tap does not sharpen, or not more than the random network's."""
+    failing = []
+    for penalty, part in table[table.epochs == table.epochs.max()].groupby("l2"):
+        curves = part.pivot(index="network", columns="encoder", values=column)
+        growth, trend = curves.iloc[:, -1] - curves.iloc[:, 0], dict(zip(curves.index, rank_trend(curves), strict=True))
+        sharper = growth["trained"] > max(0, growth["random"]) and trend["trained"] > max(0, trend["random"])
+        failing += [] if sharper else [str(penalty)]
+    return failing
 
 
 def pruning(table: pd.DataFrame, data: str) -> list[dict]:
