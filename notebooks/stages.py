@@ -5,6 +5,7 @@ seed x network x encoder x tap x variant. Raise a stage's version when the meani
 """
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -14,17 +15,18 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from verdicts import interval
 
 from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
-from paperlib.data import Images, held_out, normalise, superclasses
+from paperlib.data import Images, held_out, limit, normalise, superclasses
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
 ORDERS = 20  # orders of the labels in which clusters are searched, to see that it matters little
 SUBSETS = 20  # random subsets of nodes of each size
-FF_TAPS = ("ff_in", "ff1", "ff2")  # what decides the ANDC masks of the FF layers
 # Settings that decide an artefact, and so are part of its key
 ARCHITECTURE = (
     "data", "image_size", "limit", "model", "heads", "positional_embedding", "attention_dropout", "stochastic_depth",
@@ -35,7 +37,7 @@ READOUT = (
     "readout_l2",
 )  # fmt: skip
 GROUP_L2 = 1e-3  # the penalty in the group's code, on activations that are not scaled
-PRUNING = ("prune_thresholds", "prune_draws", "retrain_thresholds", "retrain_epochs", "retrain_lr")
+PRUNING = ("held_out", "prune_draws", "retrain_epochs", "retrain_lr")
 
 
 def recipe(run: Run) -> training.Recipe:
@@ -110,13 +112,14 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     and one over the held-out images give. kind is one of NETWORKS, or `shuffled`: the trained network with its
     readouts trained on labels dealt to other images.
 
-    weights: tap -> readout (L, T, D); fields_test, fields_held_out (FF taps only): tap -> field matrices (D, L, L);
-    correct: tap -> (n_test,) and heads/tap -> (n_test, H) as 0/1.
+    weights: tap -> readout (L, T, D); fields_test, fields_held_out (taps that decide masks): tap -> field matrices
+    (D, L, L); correct: tap -> (n_test,) and heads/tap -> (n_test, H) as 0/1.
     """
     s = run.settings
-    once = s.taps_once if seed == s.seeds[0] and kind in NETWORKS else ()
-    kinds = list(dict.fromkeys((*s.taps, *once, *(FF_TAPS if kind == "trained" else ()))))
     network, inputs = load_network(run, seed, kind)
+    once = s.taps_once if seed == s.seeds[0] and kind in NETWORKS else ()
+    deciding = _deciding_taps(run, seed, network) if kind == "trained" else []
+    kinds = list(dict.fromkeys((*s.taps, *once, *deciding)))
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
@@ -129,13 +132,13 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
         if kind == "trained":
             _, held = held_out(run.images.y_train, s.held_out)
-            places = [place for place in places if place.kind in FF_TAPS]
+            places = [place for place in places if place.kind in deciding]
             weights = {place.name: weights[place.name] for place in places}
             x, y = images.x_train[held], images.y_train[held]
             unseen = readouts.measure(network, places, weights, x, y, *images.statistics)
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
-    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds}
+    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": deciding}
     return run.stage(f"readouts-{kind}-seed{seed}", 3, config, inputs, make)
 
 
@@ -258,6 +261,7 @@ TAP_COLUMNS = [
 ]  # fmt: skip
 HEAD_COLUMNS = [
     "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
+    "gap_null_high", "mean_gap",
 ]  # fmt: skip
 
 
@@ -409,54 +413,89 @@ def _subset_accuracies(batches, weight: Tensor, subsets: Tensor) -> Tensor:
     return torch.cat(answers, dim=1).float().mean(dim=1)
 
 
+def pruned_layers(run: Run, seed: int) -> list[str]:
+    """What is pruned: the FF layers, and for the first seed what the settings add."""
+    return ["ff", *(run.settings.prune_once if seed == run.settings.seeds[0] else ())]
+
+
+def _deciding_taps(run: Run, seed: int, network: nn.Module) -> list[str]:
+    """Kinds of the taps whose nodes decide ANDC masks."""
+    pairs = [pair for layers in pruned_layers(run, seed) for pair in andc.connections(network, layers).values()]
+    return sorted({end.split(".")[1] for pair in pairs for end in pair if end != "labels"})
+
+
 def pruning(run: Run) -> pd.DataFrame:
-    """Stage for every seed: accuracy against dilution of the FF layers, for ANDC and its controls.
+    """Stage for every seed, layers and threshold: accuracy against dilution, for ANDC and its controls.
 
-    seed, method (andc, permuted, random, magnitude), threshold, draw, dilution, accuracy, loss (of accuracy, against
-    the unpruned network), loss_se (its standard error over test images), retrained_accuracy, retrained_loss,
-    retrained_loss_se (nan where not retrained); all in 0..1.
+    seed, layers (ff; attention, classifier), method (andc, permuted, random, magnitude, activation), threshold, draw,
+    dilution, removable (ff1 nodes without connections), parameters and macs (of the whole network, without the zeros),
+    accuracy, loss (of accuracy, against the unpruned network), loss_se (its standard error over test images),
+    retrained_accuracy, retrained_loss, retrained_loss_se (nan where not retrained); accuracies in 0..1.
     """
-    return pd.concat([_pruning(run, seed).table("pruning") for seed in run.settings.seeds], ignore_index=True)
+    seeds, thresholds = run.settings.seeds, run.settings.prune_thresholds
+    parts = [(seed, layers, at) for seed in seeds for layers in pruned_layers(run, seed) for at in thresholds]
+    return pd.concat([_pruning(run, *part).table("pruning") for part in parts], ignore_index=True)
 
 
-def _pruning(run: Run, seed: int) -> Artefact:
+def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
+    s = run.settings
     source = readout(run, seed, "trained")
     network, inputs = load_network(run, seed, "trained")
+    again = threshold in s.retrain_thresholds and layers == "ff"
 
     def make(folder: Path) -> None:
-        s = run.settings
         images = run.images.to(training.best_device())
         intact = _right_answers(network, images)
-        short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0)
-        fields = source.tensors("fields_held_out")
+        parameters, macs = sum(p.numel() for p in network.parameters()), _macs(network, images.x_test[:1])
         rows = []
-        for threshold in s.prune_thresholds:
-            sets = {tap: snp.diagonal_labels(snp.boolean_matrices(field, threshold)) for tap, field in fields.items()}
-            for method, draw, masks in _masks(network, sets, seed, s.prune_draws):
-                pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
-                row = {"seed": seed, "method": method, "threshold": threshold, "draw": draw}
-                row |= {"dilution": andc.dilution(masks), **_loss("", intact, _right_answers(pruned, images))}
-                retrained = None
-                if threshold in s.retrain_thresholds and draw == 0:
-                    training.train(pruned, images, short, seed, log=lambda line: None)
-                    retrained = _right_answers(pruned, images)
-                rows.append(row | _loss("retrained_", intact, retrained))
-            run.log(f"pruning at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
+        for method, draw, masks in _masks(run, network, images, source, seed, layers, threshold):
+            pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
+            row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
+            lost = sum(total - kept for kept, total in andc.per_layer(masks).values())
+            tokens = 1 if layers == "classifier" else network.tokenizer.tokens(images.x_test.shape[-1])
+            row |= {"dilution": andc.dilution(masks), "parameters": parameters - lost, "macs": macs - tokens * lost}
+            row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
+            row |= _loss("", intact, _right_answers(pruned, images))
+            retrained = None
+            if again and draw == 0 and (seed == s.seeds[0] or method in ("andc", "random")):
+                short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
+                training.train(pruned, images, short, seed, folder / f"{method}.pt", log=lambda line: None)
+                retrained = _right_answers(pruned, images)
+            rows.append(row | _loss("retrained_", intact, retrained))
+        run.log(f"pruning {layers} at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
-    config = run.config(*TRAINING, *PRUNING) | {"seed": seed}
-    return run.stage(f"andc-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+    config = run.config(*TRAINING, *PRUNING) | {
+        "seed": seed,
+        "layers": layers,
+        "threshold": threshold,
+        "retrain": again,
+    }
+    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
 
 
-def _masks(network: nn.Module, sets: dict[str, Tensor], seed: int, draws: int):
+def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):
     """ANDC's masks and those of its controls at equal dilution: (method, draw, masks)."""
-    masks = andc.ff_masks(sets, network)
+    pairs, fields = andc.connections(network, layers), source.tensors("fields_held_out")
+    ends = {end for pair in pairs.values() for end in pair} - {"labels"}
+    sets = {tap: snp.diagonal_labels(snp.boolean_matrices(fields[tap], threshold)) for tap in sorted(ends)}
+    masks = andc.andc_masks(sets, pairs)
+    _, held = held_out(run.images.y_train, run.settings.held_out)
     yield "andc", 0, masks
     yield "magnitude", 0, andc.magnitude_masks(masks, network)
-    for draw in range(draws):
+    norms = andc.input_norms(network, masks, images.x_train[held], *images.statistics)
+    yield "activation", 0, andc.activation_masks(masks, network, norms)
+    for draw in range(run.settings.prune_draws):
         yield "random", draw, andc.random_masks(masks, training.generator(seed, "random masks", draw))
         permuted = andc.permuted_labels(sets, training.generator(seed, "permuted labels", draw))
-        yield "permuted", draw, andc.ff_masks(permuted, network)
+        yield "permuted", draw, andc.andc_masks(permuted, pairs)
+
+
+def _macs(network: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of the network for one image, attention products included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        network(image.float())
+    return counter.get_total_flops() // 2
 
 
 def _right_answers(network: nn.Module, images: Images) -> Tensor:
@@ -481,8 +520,10 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
     label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
     network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
-    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`). Third:
-    seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and over test images.
+    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`), mean_gap
+    (with the head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with owners dealt to
+    other labels). Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and
+    over test images; gap_null_high of the mean over encoders.
     """
     both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
     tables = ("labels", "encoders", "overall")
@@ -505,8 +546,9 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         intact = ablated = None
         if kind == "trained":
             images = run.images.to(training.best_device())
-            intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
-        label_rows, encoder_rows, nulls, gaps = [], [], [], []
+            intact = _right_answers(network, images).cpu()
+            ablated, averaged = (_ablations(network, images, means).cpu() for means in (None, _means(network, images)))
+        label_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
             booleans = snp.boolean_matrices(fields[tap], s.threshold)
@@ -531,6 +573,12 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
                 summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
                 gaps.append(draws)
+                generator = training.generator(seed, "dealt owners", encoder)
+                dealt.append(heads.dealt_gaps(drop, labels, owned.owner, s.permutations, generator))
+                summary["gap_null_high"] = interval(dealt[-1])[1]
+                softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owned.owner)
+                mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
+                summary["mean_gap"] = mine - other
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
@@ -547,17 +595,124 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         if gaps:
             low, high = interval(torch.stack(gaps).mean(dim=0))
             overall |= {"gap": mean.gap, "gap_low": low, "gap_high": high}
+            overall["gap_null_high"] = interval(torch.stack(dealt).mean(dim=0))[1]
         save_table(folder / "overall.csv", [overall])
 
     config = run.config("threshold", "permutations") | {"seed": seed}
-    return run.stage(f"heads-{kind}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+    return run.stage(f"heads-{kind}-seed{seed}", 2, config, inputs | {"readouts": source.sha256}, make)
 
 
-def _ablations(network: nn.Module, images: Images) -> Tensor:
-    """Right answers on the test images with each head silent: (encoders, H, n)."""
+def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None) -> Tensor:
+    """Right answers on the test images with each head silent, or at its mean: (encoders, H, n)."""
     batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
-    answers = [heads.ablation_logits(network, batch).argmax(dim=3) for batch in batches]
+    answers = [heads.ablation_logits(network, batch, means).argmax(dim=3) for batch in batches]
     return torch.cat(answers, dim=2) == images.y_test
+
+
+def _means(network: nn.Module, images: Images) -> list[Tensor]:
+    """Mean of every encoder's concatenated heads (T, D) over the first 2,048 training images."""
+    places, sample = taps.cct_taps(network, ["attn"]), images.x_train[:2048]
+    batches = taps.activations(network, places, sample, *images.statistics)
+    sums = [[batch[place.name].sum(dim=0) for place in places] for batch in batches]
+    return [sum(parts) / len(sample) for parts in zip(*sums, strict=True)]
+
+
+def cooperation(run: Run) -> pd.DataFrame:
+    """Stage for every seed: accuracy of random subsets of `attn` nodes, taken within one head or across heads.
+
+    seed, encoder, size (nodes), nodes (`head` or `across`), head (-1 across), draw, accuracy on the test images (0..1),
+    singles (what the accuracies of the single nodes would give if they added up: 1/L + sum of (accuracy - 1/L)).
+    """
+    return pd.concat([_cooperation(run, seed).table("cooperation") for seed in run.settings.seeds], ignore_index=True)
+
+
+def _cooperation(run: Run, seed: int) -> Artefact:
+    source = readout(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        weights, chance, rows = source.tensors("weights"), 1 / len(images.classes), []
+        for place in taps.cct_taps(network, ["attn"]):
+            weight = weights[place.name].to(images.x_test.device)
+            nodes, width = weight.shape[2], weight.shape[2] // place.heads
+            sizes = sorted({*(2**power for power in range(12) if 2**power < width), width})
+            generator = training.generator(seed, "cooperation", place.name)
+            subsets, described = [torch.eye(nodes, dtype=torch.bool)], []
+            for head in range(-1, place.heads):
+                draws = SUBSETS if head < 0 else -(-SUBSETS // place.heads)
+                within = macroscopic.random_subsets(nodes if head < 0 else width, sizes, draws, generator)
+                chosen = torch.zeros(len(within), nodes, dtype=torch.bool)
+                chosen[:, slice(None) if head < 0 else slice(head * width, (head + 1) * width)] = within
+                subsets.append(chosen)
+                described += [(head, size, draw) for size in sizes for draw in range(draws)]
+            subsets = torch.cat(subsets).to(weight.device)
+            batches = _batches(network, place, images.x_test, images.y_test, images)
+            found = _subset_accuracies(batches, weight, subsets).cpu()
+            alone = found[:nodes] - chance
+            for (head, size, draw), subset, accuracy in zip(
+                described, subsets[nodes:].cpu(), found[nodes:], strict=True
+            ):
+                row = {"seed": seed, "encoder": place.encoder, "size": size, "head": head, "draw": draw}
+                row |= {"nodes": "across" if head < 0 else "head", "accuracy": accuracy.item()}
+                rows.append(row | {"singles": chance + alone[subset].sum().item()})
+        save_table(folder / "cooperation.csv", rows)
+
+    config = {"seed": seed, "subsets": SUBSETS}
+    return run.stage(f"cooperation-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+
+
+def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
+    """Is the division of labels the same for every seed? One row per encoder and pair of seeds: share of labels that
+    the best matching of heads gives to the same head, and its mean and 97.5 % over dealt labels; empty for one seed."""
+    rows, seeds = [], run.settings.seeds
+    owned = labels[labels.owner & (labels.network == "trained")]
+    for encoder, part in owned.groupby("encoder"):
+        owners = part.pivot(index="seed", columns="label", values="head").reindex(
+            columns=range(len(run.images.classes))
+        )
+        for first, second in itertools.combinations(seeds, 2):
+            a, b = (torch.tensor(owners.loc[seed].fillna(-1).to_numpy()).long() for seed in (first, second))
+            generator = training.generator(first, "matched heads", second, encoder)
+            overlap, dealt = heads.matched_overlap(a, b, 300, generator)
+            row = {"encoder": encoder, "seeds": f"{first}-{second}", "overlap": overlap}
+            rows.append(row | {"chance": dealt.mean().item(), "chance_high": interval(dealt)[1]})
+    return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
+
+
+def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """What each head of the first and last encoder attends to: attention received by each token, averaged over test
+    images of the head's own labels and over the others; first seed. A figure, and the numbers behind it."""
+    seed = run.settings.seeds[0]
+    network, _ = load_network(run, seed, "trained")
+    images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
+    own = labels[labels.owner & (labels.network == "trained") & (labels.seed == seed)]
+    rows = []
+    for encoder in sorted({1, len(network.classifier.blocks)}):
+        owner = torch.full((len(images.classes),), -1)
+        part = own[own.encoder == encoder]
+        owner[torch.tensor(part.label.to_numpy())] = torch.tensor(part["head"].to_numpy())
+        batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+        received = torch.cat([heads.attention_received(network, batch, encoder) for batch in batches]).cpu()
+        for head in range(received.shape[1]):
+            mine = owner[images.y_test.cpu()] == head
+            for which, chosen in (("own", mine), ("other", ~mine)):
+                for token, value in enumerate(received[chosen, head].mean(dim=0).tolist() if chosen.any() else []):
+                    rows.append({"encoder": encoder, "head": head, "labels": which, "token": token, "attention": value})
+    table = pd.DataFrame(rows)
+    return figures.attention_maps(table, run.images.name, f"seed {seed}"), table
+
+
+def more_heads(run: Run) -> pd.DataFrame:
+    """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
+    gap, test_accuracy."""
+    rows = []
+    for count in run.settings.many_heads:
+        other = replace(run, settings=run.settings.model_copy(update={"heads": count, "taps_once": []}))
+        _, _, overall = head_division(other)
+        accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
+        rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))
+    return pd.concat(rows) if rows else pd.DataFrame()
 
 
 def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:

@@ -4,9 +4,13 @@ A connection from node k to node j stays iff the two nodes share a label that bo
 the group's code for filters; the abstract names the technique and says that it does not hurt accuracy).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+
+from paperlib.taps import Tap, activations
 
 
 def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:
@@ -14,18 +18,29 @@ def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:
     return labels_out.float() @ labels_in.float().T > 0
 
 
-def ff_masks(diagonal: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """ANDC masks of the two FF layers of every encoder of a CCT.
+def connections(network: nn.Module, layers: str) -> dict[str, tuple[str, str]]:
+    """Layers of a CCT that can be pruned: module path -> (tap of the nodes it leads from, of those it leads to).
 
-    diagonal: tap name -> (D, L) bool for the taps <encoder>.ff_in, .ff1 and .ff2. Returns module path -> mask of the
-    weight's shape. LayerNorm keeps coordinates, so linear1 leads from ff_in to ff1 and linear2 from ff1 to ff2.
+    layers: `ff` (linear1 from ff_in to ff1, linear2 from ff1 to ff2, since LayerNorm keeps coordinates), `attention`
+    (qkv from the block before to qkv, proj from attn to mha) or `classifier` (from the last block to `labels`).
     """
-    masks = {}
-    for index in range(len(network.classifier.blocks)):
-        ff_in, ff1, ff2 = (diagonal[f"{index + 1}.{kind}"] for kind in ("ff_in", "ff1", "ff2"))
-        masks[f"classifier.blocks.{index}.linear1"] = connection_mask(ff1, ff_in)
-        masks[f"classifier.blocks.{index}.linear2"] = connection_mask(ff2, ff1)
-    return masks
+    count, pairs = len(network.classifier.blocks), {}
+    for index in range(count):
+        path, encoder = f"classifier.blocks.{index}", index + 1
+        before = f"{index}.block" if index else "0.stem"
+        ff = {f"{path}.linear1": ("ff_in", "ff1"), f"{path}.linear2": ("ff1", "ff2")}
+        attention = {f"{path}.self_attn.qkv": (before, "qkv"), f"{path}.self_attn.proj": ("attn", "mha")}
+        for name, ends in {"ff": ff, "attention": attention, "classifier": {}}[layers].items():
+            pairs[name] = tuple(end if "." in end else f"{encoder}.{end}" for end in ends)
+    return pairs if layers != "classifier" else {"classifier.fc": (f"{count}.block", "labels")}
+
+
+def andc_masks(diagonal: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """ANDC masks: labels that each tap's nodes recognise, tap name -> (D, L) bool, and `connections` -> module path ->
+    mask of the weight's shape. The node of an output label recognises that label."""
+    any_sets = next(iter(diagonal.values()))
+    diagonal = diagonal | {"labels": torch.eye(any_sets.shape[1], dtype=torch.bool, device=any_sets.device)}
+    return {name: connection_mask(diagonal[out], diagonal[into]) for name, (into, out) in pairs.items()}
 
 
 def permuted_labels(diagonal: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -50,6 +65,26 @@ def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, T
     }
 
 
+def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
+    that they lead from (Wanda); norms: module path -> (K,), see `input_norms`."""
+    scores = {name: network.get_submodule(name).weight.detach().abs() * norms[name] for name in masks}
+    return {name: _top(scores[name].to(mask.device), mask) for name, mask in masks.items()}
+
+
+def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor) -> dict:
+    """Root mean square of what goes into each node of the named layers, over uint8 images: name -> (K,)."""
+    inputs = [Tap(0, name, name, "input") for name in names]
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for batch in activations(network, inputs, images, mean, std):
+        for tap in inputs:
+            part = batch[tap.name].square().mean(dim=1).sum(dim=0)
+            sums[tap.kind] = sums.get(tap.kind, 0) + part
+        count += len(batch[inputs[0].name])
+    return {name: (total / count).sqrt() for name, total in sums.items()}
+
+
 def _top(score: Tensor, mask: Tensor) -> Tensor:
     """The mask.sum() largest scores."""
     kept = torch.zeros_like(mask).flatten()
@@ -61,6 +96,36 @@ def dilution(masks: dict[str, Tensor]) -> float:
     """Share of the masked layers' connections that are removed, 0..1."""
     total = sum(mask.numel() for mask in masks.values())
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / total
+
+
+def per_layer(masks: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Module path -> (connections kept, connections)."""
+    return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+
+
+def removable(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ff1 nodes that have lost every connection on one side: encoder's path -> (FF width,) bool."""
+    paths = [name.removesuffix(".linear1") for name in masks if name.endswith(".linear1")]
+    sides = {path: (masks[f"{path}.linear1"].any(dim=1), masks[f"{path}.linear2"].any(dim=0)) for path in paths}
+    return {path: ~(reached & heard) for path, (reached, heard) in sides.items()}
+
+
+@torch.no_grad()
+def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
+    """Remove the named ff1 nodes (see `removable`) and make masks permanent, in place: the masked network's logits from
+    smaller layers. A node without inputs still says GELU(b1), which goes into the bias of linear2."""
+    for module in network.modules():
+        if prune.is_pruned(module) and hasattr(module, "weight_orig"):
+            prune.remove(module, "weight")
+    for path, gone in nodes.items():
+        block, stay = network.get_submodule(path), (~gone).nonzero().squeeze(1)
+        constant = block.activation(block.linear1.bias) * gone
+        block.linear2.bias += block.linear2.weight @ constant
+        block.linear1.weight = nn.Parameter(block.linear1.weight[stay])
+        block.linear1.bias = nn.Parameter(block.linear1.bias[stay])
+        block.linear2.weight = nn.Parameter(block.linear2.weight[:, stay])
+        block.linear1.out_features = block.linear2.in_features = len(stay)
+    return network
 
 
 def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:

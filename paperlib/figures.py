@@ -14,7 +14,9 @@ from paperlib.data import EMBEDDED, Images
 # Okabe-Ito colours, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
-METHOD_COLOURS = {"andc": COLOURS[0], "permuted": COLOURS[5], "random": COLOURS[6], "magnitude": COLOURS[2]}
+METHOD_COLOURS = dict(
+    zip(("andc", "permuted", "random", "magnitude", "activation"), [COLOURS[i] for i in (0, 5, 6, 2, 3)], strict=True)
+)
 STYLE = {
     "font.size": 9, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
@@ -219,23 +221,27 @@ def node_matrix(
 
 
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy against dilution, ANDC and its controls; open symbols after the short retraining (`stages.pruning`)."""
+    """Accuracy against dilution, ANDC and its controls, one panel for each pruned part; open symbols after the short
+    retraining (`stages.pruning`)."""
+    parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier"].index)
+    titles = {"ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(4.8, 3.2))
+        figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
         intact = (table.accuracy + table.loss).mean()
-        axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
-        for method, colour in METHOD_COLOURS.items():
-            part = table[table.method == method].groupby("threshold")
-            mean = part[["dilution", "accuracy", "retrained_accuracy"]].mean().sort_values("dilution")
-            spread = part.accuracy.std().reindex(mean.index).fillna(0)
-            axis.errorbar(
-                mean.dilution, 100 * mean.accuracy, 100 * spread, fmt="o-", ms=4, color=colour, label=method, capsize=2
-            )
-            axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
-        if table.retrained_accuracy.notna().any():
-            axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
-        axis.set(xlabel="dilution of the FF layers", ylabel="test accuracy (%)", xlim=(0, 1), ylim=(0, None))
-        axis.legend(fontsize=8)
+        for axis, layers in zip(axes[0], parts, strict=True):
+            axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
+            for method, colour in METHOD_COLOURS.items():
+                part = table[(table.method == method) & (table.layers == layers)].groupby("threshold")
+                mean = part[["dilution", "accuracy", "retrained_accuracy"]].mean().sort_values("dilution")
+                spread = 100 * part.accuracy.std().reindex(mean.index).fillna(0)
+                style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
+                axis.errorbar(mean.dilution, 100 * mean.accuracy, spread, **style)
+                axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
+            if table.retrained_accuracy.notna().any():
+                axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
+            axis.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1), ylim=(0, None))
+        axes[0, 0].set(ylabel="test accuracy (%)")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
 
 
@@ -257,6 +263,98 @@ def head_map(labels: pd.DataFrame, classes: tuple[str, ...], data: str, encoder:
         for tick, head in zip(axis.get_yticklabels(), counts.index, strict=True):
             tick.set_color(COLOURS[int(head) % len(COLOURS)])
         return _stamped(figure, f"{data}, encoder {encoder}, seed {seed}: nodes that recognise a label", data)
+
+
+def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
+    """Are owners experts? Margins of the owners; accuracy of the own head alone against the best other head; accuracy
+    lost on each owner's labels by each head's ablation. One encoder, all seeds (`stages.head_division`)."""
+    part = labels[(labels.encoder == encoder) & (labels.network == "trained")]
+    ranked = part.sort_values("count", ascending=False).groupby(["seed", "label"])["count"]
+    margins = ranked.nth(0).to_numpy() - ranked.nth(1).to_numpy()
+    own = part[part.owner].set_index(["seed", "label"])
+    others = part[~part.owner].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
+    owner = part.merge(own["head"].rename("owned_by"), left_on=["seed", "label"], right_index=True)
+    lost = 100 * owner.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+        axes[0].hist(margins, bins=np.arange(margins.max() + 2) - 0.5, color=COLOURS[0])
+        axes[0].set(xlabel="margin of the owner (nodes)", ylabel="labels")
+        axes[1].scatter(100 * others, 100 * own.alone_accuracy, 12, [COLOURS[i % 8] for i in own["head"]], alpha=0.7)
+        top = 100 * max(others.max(), own.alone_accuracy.max())
+        axes[1].plot([0, top], [0, top], color="grey", ls=":")
+        axes[1].set(xlabel="best other head alone (%)", ylabel="own head alone (%)")
+        axes[2].grid(False)
+        image = axes[2].imshow(lost, cmap="RdBu_r", vmin=-np.abs(lost).max().max(), vmax=np.abs(lost).max().max())
+        axes[2].set(xlabel="owner of the labels", ylabel="silenced head")
+        axes[2].set_xticks(range(lost.shape[1]), lost.columns)
+        axes[2].set_yticks(range(lost.shape[0]), lost.index)
+        figure.colorbar(image, ax=axes[2], label="accuracy lost (points)")
+        return _stamped(figure, f"{data}, encoder {encoder}, n = {part.seed.nunique()}", data)
+
+
+def cooperation(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy of random subsets of nodes, within a head and across heads, against their number; dotted: what single
+    nodes would give if they added up. First, middle and last encoder (`stages.cooperation`)."""
+    encoders = sorted(table.encoder.unique())
+    encoders = sorted({encoders[0], encoders[(len(encoders) - 1) // 2], encoders[-1]})
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(encoders), figsize=(1.2 + 2.4 * len(encoders), 2.8), sharey=True, squeeze=False
+        )
+        for axis, encoder in zip(axes[0], encoders, strict=True):
+            part = table[table.encoder == encoder]
+            for nodes, colour in (("head", COLOURS[1]), ("across", COLOURS[0])):
+                grouped = part[part.nodes == nodes].groupby("size")[["accuracy", "singles"]]
+                mean, spread = 100 * grouped.mean(), 100 * grouped.std()
+                axis.errorbar(mean.index, mean.accuracy, spread.accuracy, fmt="o-", ms=3, color=colour, label=nodes)
+                axis.plot(mean.index, mean.singles, ":", color=colour)
+            axis.set_xscale("log", base=2)
+            axis.set(xlabel=f"nodes of encoder {encoder}")
+        axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 110 * table.accuracy.max()))
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="within / across")
+        return _stamped(figure, f"{data}, attn nodes, n = {table.seed.nunique()}", data)
+
+
+def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
+    """Attention received by each token, image-shaped: own labels, other labels and their difference, for every head of
+    the encoders in the table (`stages.attention_maps`)."""
+    shown = table.pivot_table(index=["encoder", "head", "token"], columns="labels", values="attention", dropna=False)
+    shown = shown.reindex(columns=["own", "other"]).assign(difference=lambda t: t.own - t.other)
+    groups = list(shown.groupby(level=[0, 1]))
+    side = round(len(groups[0][1]) ** 0.5)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(3, len(groups), figsize=(1.2 + 1.1 * len(groups), 3.6), squeeze=False)
+        for column, ((encoder, head), part) in enumerate(groups):
+            for row, which in enumerate(shown.columns):
+                values = part[which].to_numpy().reshape(side, side)
+                top = shown[which].abs().max() if which == "difference" else shown[["own", "other"]].max().max()
+                style = {"cmap": "RdBu_r", "vmin": -top} if which == "difference" else {"cmap": "viridis", "vmin": 0}
+                image = axes[row, column].imshow(values, vmax=top, **style)
+                axes[row, column].set(xticks=[], yticks=[])
+                if column == len(groups) - 1:
+                    figure.colorbar(image, ax=axes[row, :], shrink=0.8)
+            axes[0, column].set_title(f"encoder {encoder}\nhead {head}", fontsize=7)
+        for row, which in enumerate(("own labels", "other labels", "difference")):
+            axes[row, 0].set_ylabel(which, fontsize=8)
+        return _stamped(figure, f"{data}, {place}: attention received", data)
+
+
+def more_heads(table: pd.DataFrame, data: str) -> Figure:
+    """Specialisation, ablation gap and accuracy against the number of heads (`stages.more_heads`)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+        labels = ("excess specialisation (nats)", "ablation gap (points)", "test accuracy (%)")
+        for axis, column, scale, label in zip(
+            axes, ("excess", "gap", "test_accuracy"), (1, 100, 100), labels, strict=True
+        ):
+            for kind, line in (("trained", "o-"), ("random", "x--")):
+                mean = scale * table[table.network == kind].groupby("heads")[column].mean()
+                if kind == "trained" or column == "excess":
+                    axis.plot(mean.index, mean, line, ms=4, label=kind)
+            axis.set_xscale("log", base=2)
+            axis.set(xlabel="heads", ylabel=label)
+        axes[0].legend(fontsize=8)
+        return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
 
 
 def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:

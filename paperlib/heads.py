@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from paperlib.models.cct import attention_map
+from paperlib.taps import Tap, recording
+
 
 def head_matrices(fields: Tensor, num_heads: int) -> Tensor:
     """Field matrix of each head with all others silenced, M_h = sum of its nodes' matrices: (D, L, L) -> (H, L, L)."""
@@ -68,8 +71,9 @@ def permutation_null(diagonal: Tensor, num_heads: int, draws: int, generator: to
 
 
 @torch.no_grad()
-def ablation_logits(network: nn.Module, images: Tensor) -> Tensor:
-    """The network's own logits when one head of a CCT says nothing (its nodes are 0 before `proj` mixes the heads).
+def ablation_logits(network: nn.Module, images: Tensor, means: list[Tensor] | None = None) -> Tensor:
+    """The network's own logits when one head of a CCT says nothing: its nodes are 0 before `proj` mixes the heads, or
+    with `means` (T, D), one for each encoder's concatenated heads, always their mean.
 
     images (n, 3, S, S), normalised -> (encoders, H, n, L). What lies before the ablated head is computed once.
     """
@@ -79,7 +83,7 @@ def ablation_logits(network: nn.Module, images: Tensor) -> Tensor:
     logits = []
     for index, block in enumerate(classifier.blocks):
         for head in range(block.self_attn.heads):
-            with _silenced(block.self_attn, head):
+            with _replaced(block.self_attn, head, means[index] if means else torch.zeros(())):
                 ablated = block(stream)
             for later in classifier.blocks[index + 1 :]:
                 ablated = later(ablated)
@@ -107,28 +111,77 @@ def own_label_drops(drop: Tensor, own: Tensor, generator: torch.Generator, draws
     """
     drop, own = drop.T.double(), own.T.double()
     per_image = torch.stack([drop * own, own, drop * (1 - own), 1 - own], dim=1)  # (n, 4, H)
-
-    def compare(sums: Tensor) -> Tensor:
-        lost_own, images, lost_other, others = sums.unbind(dim=-2)
-        weight = images / images.sum(dim=-1, keepdim=True).clamp(min=1)
-        pair = (lost_own / images.clamp(min=1), lost_other / others.clamp(min=1))
-        return torch.stack([(weight * mean).sum(dim=-1) for mean in pair])
-
     n = len(per_image)
     samples = [per_image[torch.randint(n, (n,), generator=generator)].sum(dim=0) for _ in range(draws)]
-    return *compare(per_image.sum(dim=0)).tolist(), compare(torch.stack(samples)).diff(dim=0)[0].neg()
+    drawn = _compared(*torch.stack(samples).unbind(dim=-2))
+    return *_compared(*per_image.sum(dim=0)).tolist(), drawn.diff(dim=0)[0].neg()
+
+
+def dealt_gaps(drop: Tensor, labels: Tensor, owner: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """The null of the ablation gap: own minus other labels (see `own_label_drops`) with the owners dealt to other
+    labels at random: drop (H, n), labels (n,), owner (L,) -> (draws,)."""
+    lost = torch.stack([drop.double()[:, labels == label].sum(dim=1) for label in range(len(owner))])  # (L, H)
+    counts = labels.bincount(minlength=len(owner)).double()
+    heads, results = torch.arange(len(drop)), []
+    for _ in range(draws):
+        own = (owner[torch.randperm(len(owner), generator=generator)][:, None] == heads).double()
+        results.append(_compared((lost * own).sum(0), counts @ own, (lost * (1 - own)).sum(0), counts @ (1 - own)))
+    own, other = torch.stack(results).unbind(dim=1)
+    return own - other
+
+
+def _compared(lost_own: Tensor, images: Tensor, lost_other: Tensor, others: Tensor) -> Tensor:
+    """Sums over images, each (..., H) -> accuracy lost on own and on other labels, (2, ...), heads weighted by the
+    images of their own labels."""
+    weight = images / images.sum(dim=-1, keepdim=True).clamp(min=1)
+    pair = (lost_own / images.clamp(min=1), lost_other / others.clamp(min=1))
+    return torch.stack([(weight * mean).sum(dim=-1) for mean in pair])
+
+
+def matched_overlap(first: Tensor, second: Tensor, draws: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """How far two networks give the same labels to the same head, whatever the heads are called: owners (L,) of both ->
+    (share of labels that agree under the best matching of heads, the same for labels dealt at random (draws,)).
+
+    Labels that either network's nodes do not recognise (-1) are left out.
+    """
+    from scipy.optimize import linear_sum_assignment  # here, because the import takes a second
+
+    both = (first >= 0) & (second >= 0)
+    first, second = first[both], second[both]
+    heads = int(torch.cat([first, second]).max()) + 1 if len(first) else 0
+
+    def agreement(other: Tensor) -> float:
+        table = torch.zeros(heads, heads).index_put_((first, other), torch.ones(len(first)), accumulate=True)
+        rows, columns = linear_sum_assignment(-table.numpy())
+        return float(table[rows, columns].sum() / max(1, len(first)))
+
+    dealt = [agreement(second[torch.randperm(len(second), generator=generator)]) for _ in range(draws)]
+    return agreement(second), torch.tensor(dealt)
+
+
+@torch.no_grad()
+def attention_received(network: nn.Module, images: Tensor, encoder: int) -> Tensor:
+    """How much attention each token of an encoder gets from a head, mean over the tokens that attend: normalised images
+    (n, 3, S, S) -> (n, H, N), rows sum to 1."""
+    attention = network.classifier.blocks[encoder - 1].self_attn
+    with recording(network.eval(), [Tap(encoder, "qkv", f"classifier.blocks.{encoder - 1}.self_attn.qkv")]) as recorded:
+        network(images)
+    q, k, _ = attention.split_heads(recorded[f"{encoder}.qkv"])
+    return attention_map(q, k).mean(dim=2)
 
 
 @contextmanager
-def _silenced(attention: nn.Module, head: int) -> Iterator[None]:
+def _replaced(attention: nn.Module, head: int, values: Tensor) -> Iterator[None]:
+    """Within the block, one head's nodes are `values`: (T, D) of all heads side by side, or one number."""
     width = attention.proj.in_features // attention.heads
+    own = slice(head * width, (head + 1) * width)
 
-    def silence(module, args):
+    def replace(module, args):
         heads = args[0].clone()
-        heads[..., head * width : (head + 1) * width] = 0
+        heads[..., own] = values[..., own] if values.ndim else values
         return (heads,)
 
-    hook = attention.proj.register_forward_pre_hook(silence)
+    hook = attention.proj.register_forward_pre_hook(replace)
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ def diagonal():
 
 @pytest.fixture
 def masks(diagonal, network):
-    return andc.ff_masks(diagonal, network)
+    return andc.andc_masks(diagonal, andc.connections(network, "ff"))
 
 
 def weight_of(network, name):
@@ -69,7 +69,7 @@ def test_ff_masks_have_the_weights_shapes():
     wide = cct("cct_7_3x2", num_classes=5, image_size=16)  # 512 FF nodes on 256 stream nodes
     sizes = {"ff_in": 256, "ff1": 512, "ff2": 256}
     diagonal = {f"{i + 1}.{kind}": label_sets(size, 5) for i in range(7) for kind, size in sizes.items()}
-    masks = andc.ff_masks(diagonal, wide)
+    masks = andc.andc_masks(diagonal, andc.connections(wide, "ff"))
     assert len(masks) == 14
     for name, mask in masks.items():
         assert mask.shape == wide.get_submodule(name).weight.shape == ((512, 256) if "linear1" in name else (256, 512))
@@ -82,7 +82,10 @@ def test_ff_masks_connect_the_right_nodes(network):
     }
     diagonal["2.ff_in"][3, 4] = diagonal["2.ff1"][10, 4] = diagonal["2.ff2"][7, 4] = True
     diagonal["2.ff1"][20, 1] = diagonal["2.ff2"][9, 1] = True
-    kept = {name: mask.nonzero().tolist() for name, mask in andc.ff_masks(diagonal, network).items()}
+    kept = {
+        name: mask.nonzero().tolist()
+        for name, mask in andc.andc_masks(diagonal, andc.connections(network, "ff")).items()
+    }
     assert kept == {
         "classifier.blocks.0.linear1": [],
         "classifier.blocks.0.linear2": [],
@@ -91,12 +94,30 @@ def test_ff_masks_connect_the_right_nodes(network):
     }
 
 
+def test_attention_and_classifier_connect_the_right_nodes(network):
+    sizes = {"block": 128, "qkv": 384, "attn": 128, "mha": 128}
+    diagonal = {f"{i}.{kind}": label_sets(size, 5, 7 * i + size) for i in (1, 2) for kind, size in sizes.items()}
+    diagonal["0.stem"] = label_sets(128, 5, 99)
+    masks = andc.andc_masks(diagonal, andc.connections(network, "attention"))
+    for name, (into, out) in {
+        "0.self_attn.qkv": ("0.stem", "1.qkv"), "1.self_attn.qkv": ("1.block", "2.qkv"),
+        "0.self_attn.proj": ("1.attn", "1.mha"), "1.self_attn.proj": ("2.attn", "2.mha"),
+    }.items():  # fmt: skip
+        expected = andc.connection_mask(diagonal[out], diagonal[into])
+        assert torch.equal(masks.pop(f"classifier.blocks.{name}"), expected)
+        assert expected.shape == network.get_submodule(f"classifier.blocks.{name}").weight.shape
+    assert not masks
+    (name, mask), *rest = andc.andc_masks(diagonal, andc.connections(network, "classifier")).items()
+    assert name == "classifier.fc" and not rest and torch.equal(mask, diagonal["2.block"].T)
+
+
 def test_dilution_counts_connections():
     masks = {"a": torch.tensor([[True, False, False, False]]), "b": torch.tensor([[True], [True], [False], [True]])}
     assert andc.dilution(masks) == pytest.approx(4 / 8)
     unequal = {"a": torch.ones(3, 1, dtype=torch.bool), "b": torch.zeros(1, 1, dtype=torch.bool)}
     assert andc.dilution(unequal) == pytest.approx(1 / 4)  # of all connections, not the mean over layers
     assert andc.dilution({"a": torch.ones(2, 2, dtype=torch.bool)}) == 0
+    assert andc.per_layer(masks) == {"a": (1, 4), "b": (3, 4)}
 
 
 # --- the masks that ANDC has to beat
@@ -130,6 +151,22 @@ def test_magnitude_masks_keep_the_largest(masks, network):
         assert size[mask].min() >= size[~mask].max()
 
 
+def test_activation_masks_keep_the_largest_products(masks, network):
+    images = torch.randint(0, 256, (20, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
+    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+    norms = andc.input_norms(network, masks, images, mean, std)
+    seen = {}
+    for name in masks:
+        network.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        network((images.float() / 255 - mean) / std)
+    for name, mask in andc.activation_masks(masks, network, norms).items():
+        torch.testing.assert_close(norms[name], seen[name].square().mean(dim=(0, 1)).sqrt(), rtol=1e-4, atol=1e-5)
+        score = network.get_submodule(name).weight.detach().abs() * norms[name]
+        assert mask.sum() == masks[name].sum()
+        assert score[mask].min() >= score[~mask].max()
+
+
 @pytest.mark.parametrize("kept", [torch.zeros, torch.ones], ids=["none", "all"])
 def test_controls_of_extreme_masks(kept, network):
     extreme = {"classifier.blocks.0.linear1": kept(128, 128, dtype=torch.bool)}
@@ -143,7 +180,7 @@ def test_permuted_labels_keep_sets_and_dilution(diagonal, masks, network):
     for name, sets in diagonal.items():
         assert sets_of(permuted[name]) == sets_of(sets)
         assert not torch.equal(permuted[name], sets)
-    for name, mask in andc.ff_masks(permuted, network).items():
+    for name, mask in andc.andc_masks(permuted, andc.connections(network, "ff")).items():
         assert mask.sum() == masks[name].sum()
         assert not torch.equal(mask, masks[name])
     again = andc.permuted_labels(diagonal, seeded())
@@ -206,3 +243,42 @@ def test_masking_again_masks_more(network):
     for mask in (first, second):
         andc.apply_masks(network, {name: mask})
     assert torch.equal(weight_of(network, name) != 0, first & second)
+
+
+# --- removing nodes
+
+
+def test_nodes_without_connections_are_removed_and_their_constant_kept(build):
+    """ff1 nodes 0-9 lose their inputs, 10-19 their outputs, in encoder 1 only; the logits stay those of the masked
+    network, whose layers keep their size."""
+    network = build()
+    masks = {
+        f"classifier.blocks.{i}.{layer}": torch.rand(128, 128, generator=seeded(i)) < 0.5
+        for i in (0, 1)
+        for layer in ("linear1", "linear2")
+    }
+    masks["classifier.blocks.0.linear1"][:10] = False
+    masks["classifier.blocks.0.linear2"][:, 10:20] = False
+    nodes = andc.removable(masks)
+    assert nodes["classifier.blocks.0"].nonzero().flatten().tolist() == list(range(20))
+    assert not nodes["classifier.blocks.1"].any()
+    images, size = torch.randn(4, 3, 16, 16, generator=seeded(5)), sum(p.numel() for p in network.parameters())
+    with torch.no_grad():
+        masked = andc.apply_masks(network, masks)(images)
+        smaller = andc.compact(network, nodes)
+        torch.testing.assert_close(smaller(images), masked)
+        assert not torch.allclose(masked, build()(images))
+    first, second = (block.linear1 for block in smaller.classifier.blocks)
+    assert first.weight.shape == (108, 128) and second.weight.shape == (128, 128)
+    assert sum(p.numel() for p in smaller.parameters()) == size - 20 * (128 + 1 + 128)
+
+
+def test_no_node_may_be_removable(masks, network):
+    full = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    nodes = andc.removable(full)
+    assert not any(gone.any() for gone in nodes.values())
+    images = torch.randn(2, 3, 16, 16, generator=seeded())
+    with torch.no_grad():
+        intact = network(images)
+        torch.testing.assert_close(andc.compact(andc.apply_masks(network, full), nodes)(images), intact)
+    assert andc.removable({"classifier.fc": torch.zeros(5, 128, dtype=torch.bool)}) == {}

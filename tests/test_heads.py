@@ -233,3 +233,86 @@ def test_an_expert_is_found():
     mine, other, draws = heads.own_label_drops(drop, own, torch.Generator().manual_seed(0))
     assert (mine, other) == (0.5, 0.0)
     assert draws.min() > 0.2 and abs(draws.mean() - 0.5) < 0.02
+
+
+def test_mean_ablation_puts_the_mean_in_a_heads_place(network):
+    images = torch.randn(3, 3, 16, 16, generator=seeded())
+    means = [torch.randn(16, 128, generator=seeded(encoder)) for encoder in (1, 2)]
+    logits = heads.ablation_logits(network, images, means)
+    for encoder, head in itertools.product(range(2), range(2)):
+        own = slice(64 * head, 64 * (head + 1))
+
+        def constant(module, args, encoder=encoder, own=own):
+            mixed = args[0].clone()
+            mixed[:, :, own] = means[encoder][:, own]
+            return (mixed,)
+
+        hook = network.classifier.blocks[encoder].self_attn.proj.register_forward_pre_hook(constant)
+        torch.testing.assert_close(logits[encoder, head], network(images).detach(), atol=1e-4, rtol=1e-4)
+        hook.remove()
+
+
+def test_dealt_gaps_are_those_of_permuted_owners():
+    generator = seeded(3)
+    labels, owner = torch.arange(6).repeat(20), torch.tensor([0, 1, 0, -1, 1, 0])
+    drop = torch.randint(-1, 2, (2, 120), generator=generator)
+    gaps = heads.dealt_gaps(drop, labels, owner, 5, seeded(4))
+    again = seeded(4)
+    for gap in gaps:
+        dealt = owner[torch.randperm(6, generator=again)]
+        own = dealt[labels] == torch.arange(2)[:, None]
+        mine, other, _ = heads.own_label_drops(drop, own, seeded(), draws=1)
+        assert gap.item() == pytest.approx(mine - other)
+
+
+def test_experts_stand_out_of_dealt_owners_and_common_heads_do_not():
+    labels, owner = torch.arange(20).repeat(50), torch.arange(20) % 2
+    expert = ((owner[labels] == torch.arange(2)[:, None]) & (torch.arange(1000) < 500)).int()
+    common = (torch.arange(1000) < 500).int().expand(2, -1)
+    for drop, stands_out in ((expert, True), (common, False)):
+        mine, other, _ = heads.own_label_drops(drop, owner[labels] == torch.arange(2)[:, None], seeded(), draws=1)
+        dealt = heads.dealt_gaps(drop, labels, owner, 200, seeded(1))
+        assert (mine - other > dealt.quantile(0.975)) == stands_out
+
+
+# --- seeds against each other, and attention
+
+
+def test_overlap_does_not_depend_on_what_heads_are_called():
+    owners = torch.arange(60) % 4
+    renamed = torch.tensor([2, 0, 3, 1])[owners]
+    overlap, chance = heads.matched_overlap(owners, renamed, 50, seeded())
+    assert overlap == 1.0 and 0.25 < chance.mean() < 0.5 and chance.max() < 0.6
+    renamed[:30] = renamed[:30].roll(1)
+    assert heads.matched_overlap(owners, renamed, 1, seeded())[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_overlap_of_unrelated_owners_is_chance():
+    inside = 0
+    for draw in range(40):
+        first, second = torch.randint(0, 4, (2, 100), generator=seeded(draw))
+        overlap, chance = heads.matched_overlap(first, second, 100, seeded(draw))
+        inside += chance.quantile(0.025) <= overlap <= chance.quantile(0.975)
+    assert inside >= 34
+
+
+def test_labels_that_nobody_recognises_do_not_overlap():
+    first, second = torch.tensor([0, 1, -1, -1]), torch.tensor([1, 0, 0, -1])
+    assert heads.matched_overlap(first, second, 3, seeded())[0] == 1.0
+    assert heads.matched_overlap(torch.full((3,), -1), first[:3], 3, seeded())[0] == 0.0
+
+
+def test_attention_received_is_the_mean_over_queries(network):
+    images = torch.randn(3, 3, 16, 16, generator=seeded())
+    received = heads.attention_received(network, images, 2)
+    assert received.shape == (3, 2, 16)
+    torch.testing.assert_close(received.sum(dim=2), torch.ones(3, 2))
+    inputs = []
+    network.classifier.blocks[1].self_attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        network(images)
+        qkv = network.classifier.blocks[1].self_attn.qkv(inputs[0])
+    for head in range(2):
+        q, k = (qkv[..., 128 * part + 64 * head :][..., :64] for part in range(2))
+        weights = torch.softmax(q @ k.transpose(1, 2) / 8, dim=2)
+        torch.testing.assert_close(received[:, head], weights.mean(dim=1), atol=1e-5, rtol=1e-4)

@@ -144,7 +144,8 @@ def test_a_tap_without_depth_has_no_row():
 
 def pruning_table(seeds, loss, control_loss, dilution=0.6, error=0.001):
     rows = [
-        {"seed": seed, "method": method, "threshold": 0.3, "draw": draw, "dilution": dilution, "loss_se": error}
+        {"seed": seed, "layers": "ff", "method": method, "threshold": 0.3, "draw": draw}
+        | {"dilution": dilution, "loss_se": error}
         | {"loss": loss if method == "andc" else control_loss, "retrained_loss": np.nan, "retrained_loss_se": np.nan}
         for seed in range(seeds)
         for method, draws in (("andc", 1), ("random", 2), ("permuted", 2), ("magnitude", 1))
@@ -171,6 +172,24 @@ def test_pruning_rule(arguments, word):
     assert retrained["verdict"].startswith("not tested")
 
 
+def test_the_classifier_does_not_decide_c4():
+    table = pd.concat([pruning_table(3, 0.2, 0.3), pruning_table(3, 0.0, 0.3).assign(layers="classifier")])
+    assert verdicts.pruning(table, "cifar100")[0]["verdict"] == "not supported"
+
+
+def test_largest_dilutions():
+    """ANDC holds up to 0.6 and random masks up to 0.3; an uncertain mean does not hold."""
+    parts = [
+        pruning_table(3, ours, control, dilution, error).assign(threshold=dilution)
+        for dilution, ours, control, error in ((0.3, 0.0, 0.004, 1e-3), (0.6, 0.004, 0.02, 1e-3), (0.8, 0.0, 0.0, 0.01))
+    ]
+    found = verdicts.largest_dilutions(pd.concat(parts))
+    assert found.straight.to_dict() == {
+        ("ff", "andc"): 0.6, ("ff", "magnitude"): 0.3, ("ff", "permuted"): 0.3, ("ff", "random"): 0.3,
+    }  # fmt: skip
+    assert found.retrained.isna().all()
+
+
 def heads_table(excess, random_excess, gap_low):
     rows = []
     for seed in range(3):
@@ -182,7 +201,8 @@ def heads_table(excess, random_excess, gap_low):
                 "excess_low": value - 0.05,
                 "excess_high": value + 0.05,
             }
-            rows.append(row | {"gap": gap_low + 0.01, "gap_low": gap_low, "gap_high": gap_low + 0.02})
+            row |= {"gap": gap_low + 0.01, "gap_low": gap_low, "gap_high": gap_low + 0.02}
+            rows.append(row | {"gap_null_high": 0.005})
     return pd.DataFrame(rows)
 
 
@@ -192,6 +212,7 @@ def heads_table(excess, random_excess, gap_low):
         ((0.3, 0.0, 0.01), ["supported", "supported"]),
         ((0.3, 0.4, 0.01), ["not supported", "supported"]),
         ((0.04, 0.0, -0.001), ["not supported", "not supported"]),
+        ((0.3, 0.0, -0.006), ["supported", "not supported"]),  # not above owners dealt at random
     ],
 )
 def test_modus_vivendi_rule(arguments, words):

@@ -11,12 +11,13 @@ from paperlib import runs
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
 CUT += ["threshold_sweep=[0.3]", "retrain_thresholds=[0.3]", "permutations=100"]
 CUT += ["penalties=[]", "penalty_epochs=2", "penalty_taps=[block]", "taps_once=[norm, weighed, pooled]"]
+CUT += ["many_heads=[2, 4]"]
 CUT += ["batch_size=16", "readout_batch_size=16"]
 CACHES = {"cifar100": ("cifar100.npz", 30, 32), "flowers102": ("flowers102-224.npz", 30, 224)}
 FIGURES = {
     "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "accuracy_against_dilution", "head_map",
     "head_specialisation", "predicted_accuracies", "node_distributions",
-    "penalties", "node_gallery",
+    "penalties", "node_gallery", "head_experts", "cooperation", "attention_maps", "more_heads",
 }  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""The walk's own promises: which images decide what."""
+
+from dataclasses import replace
+
+import pytest
+import stages
+import torch
+
+from paperlib import andc, data, readouts, runs, snp, training
+from paperlib.taps import cct_taps
+
+CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
+
+
+@pytest.fixture
+def run(folders):
+    return runs.open_run("quick", CUT)
+
+
+def masks_of(run, layers="ff"):
+    """All masks of the first threshold, the controls among them."""
+    network, _ = stages.load_network(run, 0, "trained")
+    images = run.images.to(training.best_device())
+    source = stages.readout(run, 0, "trained")
+    return {
+        (method, draw, name): mask
+        for method, draw, masks in stages._masks(run, network, images, source, 0, layers, 0.4)
+        for name, mask in masks.items()
+    }
+
+
+@pytest.mark.slow
+def test_no_test_image_decides_a_mask(run, tmp_path):
+    """With noise for test images every mask stays what it was, although the readouts' test results change."""
+    noise = torch.randint(0, 256, run.images.x_test.shape, dtype=torch.uint8)
+    other = replace(run, images=replace(run.images, x_test=noise), folder=tmp_path / "other", finished={})
+    before, after = masks_of(run), masks_of(other)
+    assert len(before) == 5 * 8 and all(torch.equal(before[key], after[key]) for key in before)
+    first, second = (stages.readout(r, 0, "trained").tensors("fields_test") for r in (run, other))
+    assert not torch.equal(first["4.block"], second["4.block"])
+
+
+@pytest.mark.slow
+def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
+    """The matrices behind the masks are those of the held-out images alone, with the readouts of the others."""
+    seen = []
+    train = readouts.train_readouts
+    monkeypatch.setattr(
+        readouts, "train_readouts", lambda network, places, x, *rest, **options: seen.append(x) or train(
+            network, places, x, *rest, **options)
+    )  # fmt: skip
+    source = stages.readout(run, 0, "trained")
+    network, _ = stages.load_network(run, 0, "trained")
+    kept, held = data.held_out(run.images.y_train, run.settings.held_out)
+    assert not set(kept.tolist()) & set(held.tolist())
+    assert torch.equal(seen[0], run.images.x_train[kept])
+    place = cct_taps(network, ["ff1"])[1:2]
+    x, y = run.images.x_train[held], run.images.y_train[held]
+    weights = source.tensors("weights")
+    measured = readouts.measure(network, place, {"2.ff1": weights["2.ff1"]}, x, y, *run.images.statistics)
+    fields = snp.field_matrices(weights["2.ff1"], measured.class_means["2.ff1"])
+    torch.testing.assert_close(source.tensors("fields_held_out")["2.ff1"], fields)
+    sets = {name: snp.diagonal_labels(snp.boolean_matrices(field, 0.4)) for name, field in
+            source.tensors("fields_held_out").items()}  # fmt: skip
+    for name, mask in andc.andc_masks(sets, andc.connections(network, "ff")).items():
+        assert torch.equal(masks_of(run)["andc", 0, name], mask)
