@@ -20,11 +20,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from verdicts import interval
 
 from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
-from paperlib.data import Images, held_out, limit, normalise, superclasses
+from paperlib.data import Images, held_out, limit, normalise
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+# CIFAR-100's own superclasses, five labels each
+SUPERCLASSES = """
+beaver dolphin otter seal whale | aquarium_fish flatfish ray shark trout | orchid poppy rose sunflower tulip
+bottle bowl can cup plate | apple mushroom orange pear sweet_pepper | clock keyboard lamp telephone television
+bed chair couch table wardrobe | bee beetle butterfly caterpillar cockroach | bear leopard lion tiger wolf
+bridge castle house road skyscraper | cloud forest mountain plain sea | camel cattle chimpanzee elephant kangaroo
+fox porcupine possum raccoon skunk | crab lobster snail spider worm | baby boy girl man woman
+crocodile dinosaur lizard snake turtle | hamster mouse rabbit shrew squirrel
+maple_tree oak_tree palm_tree pine_tree willow_tree | bicycle bus motorcycle pickup_truck train
+lawn_mower rocket streetcar tank tractor
+"""
 ORDERS = 20  # orders of the labels in which clusters are searched, to see that it matters little
 SUBSETS = 20  # random subsets of nodes of each size
 # Settings that decide an artefact, and so are part of its key
@@ -57,7 +68,8 @@ def cnn_half(run: Run) -> Run:
     """The same walk with the CNN in the CCT's place."""
     s = run.settings
     changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
-    half = replace(run, settings=s.model_copy(update=changes))
+    changes |= {"taps": ["conv"], "taps_once": [], "prune_once": []}
+    half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
     check_references(half.settings)
     return half
 
@@ -123,7 +135,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        places = taps.cct_taps(network, kinds)
+        places = taps.places(network, kinds)
         weights = _trained_readouts(run, network, places, images, seed, kind == "shuffled")
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
@@ -174,7 +186,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
         last = len(network.classifier.blocks)
-        chosen = [tap for tap in taps.cct_taps(network, s.penalty_taps) if tap.encoder in {1, (last + 1) // 2, last}]
+        chosen = [tap for tap in taps.places(network, s.penalty_taps) if tap.encoder in {1, (last + 1) // 2, last}]
         # One more tap for each penalty: it records what its twin records, and its readout trains in the same passes.
         places = [replace(tap, kind=f"{tap.kind}@{value}", heads=0) for tap in chosen for value in values]
 
@@ -344,6 +356,13 @@ def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, pd.DataFrame(summary.items(), columns=["", "value"]).set_index("").round(4)
 
 
+def superclasses(classes: tuple[str, ...]) -> Tensor | None:
+    """The number of each label's superclass (L,), where the labels are CIFAR-100's; None for other labels."""
+    groups = [group.split() for group in SUPERCLASSES.replace("\n", "|").split("|") if group.strip()]
+    number = {name: index for index, group in enumerate(groups) for name in group}
+    return torch.tensor([number[name] for name in classes]) if set(classes) == set(number) else None
+
+
 def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:
     """(seed, network, tap name) -> (n_test,) bool: which test images the tap's readout gets right."""
     return {
@@ -413,8 +432,24 @@ def _subset_accuracies(batches, weight: Tensor, subsets: Tensor) -> Tensor:
     return torch.cat(answers, dim=1).float().mean(dim=1)
 
 
+def both_halves(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """The CCT's `block` and the CNN's `conv` side by side: (tap statistics, node statistics, right answers) of `snr`
+    and `correct_answers`, with the columns half (cct, cnn) and depth (0 first to 1 last encoder or layer); right
+    answers are keyed by half."""
+    tap_parts, node_parts, correct = [], [], {}
+    for name, half, kind in (("cct", run, "block"), ("cnn", cnn_half(run), "conv")):
+        for table, parts in zip(snr(half), (tap_parts, node_parts), strict=True):
+            part = table[table.tap == kind]
+            depth = (part.encoder - 1) / max(1, part.encoder.max() - 1)
+            parts.append(part.assign(half=name, depth=depth))
+        correct[name] = correct_answers(half)
+    return pd.concat(tap_parts, ignore_index=True), pd.concat(node_parts, ignore_index=True), correct
+
+
 def pruned_layers(run: Run, seed: int) -> list[str]:
-    """What is pruned: the FF layers, and for the first seed what the settings add."""
+    """What is pruned: a CNN's filters; a CCT's FF layers, and for the first seed what the settings add."""
+    if run.settings.model.startswith("vgg"):
+        return ["filters"]
     return ["ff", *(run.settings.prune_once if seed == run.settings.seeds[0] else ())]
 
 
@@ -427,10 +462,10 @@ def _deciding_taps(run: Run, seed: int, network: nn.Module) -> list[str]:
 def pruning(run: Run) -> pd.DataFrame:
     """Stage for every seed, layers and threshold: accuracy against dilution, for ANDC and its controls.
 
-    seed, layers (ff; attention, classifier), method (andc, permuted, random, magnitude, activation), threshold, draw,
-    dilution, removable (ff1 nodes without connections), parameters and macs (of the whole network, without the zeros),
-    accuracy, loss (of accuracy, against the unpruned network), loss_se (its standard error over test images),
-    retrained_accuracy, retrained_loss, retrained_loss_se (nan where not retrained); accuracies in 0..1.
+    seed, layers (ff; attention, classifier; a CNN's filters), method (andc, permuted, random, magnitude, activation),
+    threshold, draw, dilution, removable (ff1 nodes without connections), parameters and macs (of the whole network,
+    without the zeros), accuracy, loss (of accuracy, against the unpruned network), loss_se (its standard error over
+    test images), retrained_accuracy, retrained_loss, retrained_loss_se (nan where not retrained); accuracies in 0..1.
     """
     seeds, thresholds = run.settings.seeds, run.settings.prune_thresholds
     parts = [(seed, layers, at) for seed in seeds for layers in pruned_layers(run, seed) for at in thresholds]
@@ -441,7 +476,7 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
     source = readout(run, seed, "trained")
     network, inputs = load_network(run, seed, "trained")
-    again = threshold in s.retrain_thresholds and layers == "ff"
+    again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
@@ -451,9 +486,8 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         for method, draw, masks in _masks(run, network, images, source, seed, layers, threshold):
             pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
             row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
-            lost = sum(total - kept for kept, total in andc.per_layer(masks).values())
-            tokens = 1 if layers == "classifier" else network.tokenizer.tokens(images.x_test.shape[-1])
-            row |= {"dilution": andc.dilution(masks), "parameters": parameters - lost, "macs": macs - tokens * lost}
+            weights, products = andc.savings(masks, network, images.x_test[:1].float())
+            row |= {"dilution": andc.dilution(masks), "parameters": parameters - weights, "macs": macs - products}
             row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
             row |= _loss("", intact, _right_answers(pruned, images))
             retrained = None
@@ -708,7 +742,9 @@ def more_heads(run: Run) -> pd.DataFrame:
     gap, test_accuracy."""
     rows = []
     for count in run.settings.many_heads:
-        other = replace(run, settings=run.settings.model_copy(update={"heads": count, "taps_once": []}))
+        other = replace(
+            run, settings=run.settings.model_copy(update={"heads": count, "taps_once": []}), prefix=f"{count}-heads-"
+        )
         _, _, overall = head_division(other)
         accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
         rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))

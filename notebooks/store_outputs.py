@@ -14,6 +14,7 @@ import nbformat
 from paperlib import runs
 
 CLAIMS = {
+    "C1": "[CNNs and transformers share the mechanism](notebooks/05_cnn_counterpart.ipynb)",
     "C2": "[each node identifies small clusters of labels](notebooks/02_snr_per_encoder.ipynb)",
     "C3": "[features sharpen along the encoders](notebooks/02_snr_per_encoder.ipynb)",
     "C4": "[ANDC pruning does not affect the accuracy](notebooks/03_andc_pruning.ipynb)",

@@ -73,29 +73,52 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penal
     for statistic, tap in [("accuracy", "block"), *(("SNR", tap) for tap in sorted(nodes.tap.unique()))]:
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
             continue  # taps that only pruning needs have no random twin, and the stem no depth
-        effects, intervals, beaten = [], [], []
-        for seed in sorted(nodes.seed.unique()):
-            rng = np.random.default_rng(0)
-            curves = {}
-            for kind in ("trained", "random"):
-                if statistic == "accuracy":
-                    curves[kind] = _accuracy_curves(correct, seed, kind, tap, rng)
-                else:
-                    part = nodes[(nodes.seed == seed) & (nodes.network == kind) & (nodes.tap == tap)]
-                    curves[kind] = _snr_curves(part, labels, rng)
-            point, draws = curves["trained"]
-            random, _ = curves["random"]
-            effects.append(point[-1] - point[0])
-            # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
-            low, high = interval(draws[:, -1] - draws[:, 0])
-            trend_low = interval(rank_trend(draws))[0]
-            intervals.append((low if trend_low > 0 else min(low, 0.0), high))
-            beaten.append(point[-1] - point[0] > random[-1] - random[0] and rank_trend(point) > rank_trend(random))
+        effects, intervals, beaten = _growth(nodes, correct, labels, statistic, tap)
         failing = _failing_penalties(penalties[penalties.tap == tap], statistic.lower())
         null = RANDOM_NETWORK + (f"; fails for penalties {', '.join(failing)}" if failing else "; every penalty")
         text = f"{statistic} of {tap}, last - first encoder; rank trend > 0"
         rows.append(verdict("C3", data, text, effects, intervals, null, all(beaten) and not failing))
     return rows
+
+
+def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: int) -> list[dict]:
+    """C1: what C3 says of the CCT's `block` holds for the filters of a CNN too: accuracy and SNR grow with depth in
+    both (see `stages.both_halves`). An effect is the smaller one of the two networks, seed by seed."""
+    rows = []
+    for statistic in ("accuracy", "SNR"):
+        found = [
+            _growth(nodes[nodes.half == half], correct[half], labels, statistic, tap)
+            for half, tap in (("cct", "block"), ("cnn", "conv"))
+        ]
+        effects = [min(pair) for pair in zip(*(effects for effects, _, _ in found), strict=True)]
+        intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, _ in found), strict=True)]
+        text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
+        beaten = all(all(part) for _, _, part in found)
+        rows.append(verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten))
+    return rows
+
+
+def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple[list, list, list]:
+    """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed."""
+    effects, intervals, beaten = [], [], []
+    for seed in sorted(nodes.seed.unique()):
+        rng = np.random.default_rng(0)
+        curves = {}
+        for kind in ("trained", "random"):
+            if statistic == "accuracy":
+                curves[kind] = _accuracy_curves(correct, seed, kind, tap, rng)
+            else:
+                part = nodes[(nodes.seed == seed) & (nodes.network == kind) & (nodes.tap == tap)]
+                curves[kind] = _snr_curves(part, labels, rng)
+        point, draws = curves["trained"]
+        random, _ = curves["random"]
+        effects.append(point[-1] - point[0])
+        # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
+        low, high = interval(draws[:, -1] - draws[:, 0])
+        trend_low = interval(rank_trend(draws))[0]
+        intervals.append((low if trend_low > 0 else min(low, 0.0), high))
+        beaten.append(point[-1] - point[0] > random[-1] - random[0] and rank_trend(point) > rank_trend(random))
+    return effects, intervals, beaten
 
 
 def _failing_penalties(table: pd.DataFrame, column: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from paperlib.taps import Tap, activations
+from paperlib.taps import Tap, activations, recording
 
 
 def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:
@@ -23,7 +23,11 @@ def connections(network: nn.Module, layers: str) -> dict[str, tuple[str, str]]:
 
     layers: `ff` (linear1 from ff_in to ff1, linear2 from ff1 to ff2, since LayerNorm keeps coordinates), `attention`
     (qkv from the block before to qkv, proj from attn to mha) or `classifier` (from the last block to `labels`).
+    `filters` are the convolutions of a VGG, each from the filters before it to its own (code), but the first.
     """
+    if layers == "filters":
+        convs = [f"features.{i}" for i, module in enumerate(network.features) if isinstance(module, nn.Conv2d)]
+        return {name: (f"{layer}.conv", f"{layer + 1}.conv") for layer, name in enumerate(convs[1:], start=1)}
     count, pairs = len(network.classifier.blocks), {}
     for index in range(count):
         path, encoder = f"classifier.blocks.{index}", index + 1
@@ -59,16 +63,13 @@ def random_masks(masks: dict[str, Tensor], generator: torch.Generator) -> dict[s
 
 def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight|."""
-    return {
-        name: _top(network.get_submodule(name).weight.detach().abs().to(mask.device), mask)
-        for name, mask in masks.items()
-    }
+    return {name: _top(_sizes(network, name).to(mask.device), mask) for name, mask in masks.items()}
 
 
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
     that they lead from (Wanda); norms: module path -> (K,), see `input_norms`."""
-    scores = {name: network.get_submodule(name).weight.detach().abs() * norms[name] for name in masks}
+    scores = {name: _sizes(network, name) * norms[name] for name in masks}
     return {name: _top(scores[name].to(mask.device), mask) for name, mask in masks.items()}
 
 
@@ -85,6 +86,12 @@ def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: 
     return {name: (total / count).sqrt() for name, total in sums.items()}
 
 
+def _sizes(network: nn.Module, name: str) -> Tensor:
+    """|weight| of each connection (J, K), summed over a kernel's pixels."""
+    weight = network.get_submodule(name).weight.detach().abs()
+    return weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
+
+
 def _top(score: Tensor, mask: Tensor) -> Tensor:
     """The mask.sum() largest scores."""
     kept = torch.zeros_like(mask).flatten()
@@ -98,9 +105,18 @@ def dilution(masks: dict[str, Tensor]) -> float:
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / total
 
 
-def per_layer(masks: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Module path -> (connections kept, connections)."""
-    return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+@torch.no_grad()
+def savings(masks: dict[str, Tensor], network: nn.Module, image: Tensor) -> tuple[int, int]:
+    """(weights, multiply-adds for one image (1, 3, S, S)) that an implementation which skips zeros would save."""
+    outputs = [Tap(0, name, name) for name in masks]
+    with recording(network.eval(), outputs) as recorded:
+        network(image)
+    weights = macs = 0
+    for tap in outputs:
+        mask = masks[tap.kind]
+        removed = int((~mask).sum()) * network.get_submodule(tap.kind).weight[0, 0].numel()
+        weights, macs = weights + removed, macs + removed * recorded[tap.name].shape[1]
+    return weights, macs
 
 
 def removable(masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,10 +145,12 @@ def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
 
 
 def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    """Mask the named layers in place (torch.nn.utils.prune: masked weights stay zero through training); biases stay."""
+    """Mask the named layers in place (torch.nn.utils.prune: masked weights stay zero through training); biases stay.
+    A mask (J, K) of a convolution holds for whole kernels."""
     for name, mask in masks.items():
         module = network.get_submodule(name)
         if prune.is_pruned(module):
             prune.remove(module, "weight")
-        prune.custom_from_mask(module, "weight", mask.to(module.weight.device))
+        whole = mask.view(*mask.shape, *[1] * (module.weight.ndim - 2)).expand_as(module.weight)
+        prune.custom_from_mask(module, "weight", whole.to(module.weight.device))
     return network

@@ -14,9 +14,8 @@ from paperlib.data import EMBEDDED, Images
 # Okabe-Ito colours, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
-METHOD_COLOURS = dict(
-    zip(("andc", "permuted", "random", "magnitude", "activation"), [COLOURS[i] for i in (0, 5, 6, 2, 3)], strict=True)
-)
+METHODS = ("andc", "magnitude", "activation", "permuted", "random")
+METHOD_COLOURS = dict(zip(METHODS, (COLOURS[i] for i in (0, 2, 3, 5, 6)), strict=True))
 STYLE = {
     "font.size": 9, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
@@ -87,6 +86,29 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
         axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
         figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8)
         return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
+
+
+def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
+    """CCT and CNN on one depth axis: accuracy, SNR, clusters, cluster size, noise, centred SNR, offset share; random
+    networks dashed (first table of `stages.both_halves`)."""
+    part = taps[(taps.threshold == threshold) & taps.network.isin(("trained", "random"))]
+    keys = ["half", "network", "depth", "seed"]
+    table = part[~part.centred].set_index(keys).assign(snr_centred=part[part.centred].set_index(keys).snr)
+    shown = {
+        "accuracy": "accuracy", "snr": "SNR", "clusters_per_node": "clusters per node", "snr_centred": "centred SNR",
+        "pooled_cluster_size": "labels per cluster", "noise": "noise N", "offset_share": "offset share",
+    }  # fmt: skip
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 4, figsize=(9.5, 4.6))
+        for axis, (column, label) in zip(axes.flat, shown.items(), strict=False):
+            for half, colour in (("cct", COLOURS[0]), ("cnn", COLOURS[1])):
+                for kind, line in (("trained", "o-"), ("random", "x--")):
+                    _curve(axis, table.loc[half, kind].reset_index(), column, 1, line, colour, "depth")
+            axis.set(xlabel="relative depth", ylabel=label, ylim=(0, None))
+        axes[1, 3].axis("off")
+        names = [f"{half}, {kind}" for half in ("cct", "cnn") for kind in ("trained", "random")]
+        axes[1, 3].legend(axes[0, 0].lines, names, loc="center")
+        return _stamped(figure, f"{data}, threshold {threshold}, n = {part.seed.nunique()}", data)
 
 
 def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure:
@@ -223,8 +245,8 @@ def node_matrix(
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy against dilution, ANDC and its controls, one panel for each pruned part; open symbols after the short
     retraining (`stages.pruning`)."""
-    parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier"].index)
-    titles = {"ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
+    parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
+    titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
         intact = (table.accuracy + table.loss).mean()
@@ -380,9 +402,9 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
         return _stamped(figure, f"{data}, n = {encoders.seed.nunique()}", data)
 
 
-def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour) -> None:
+def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour, x: str = "encoder") -> None:
     """Mean over seeds against the encoder, with a band of one standard deviation where there are several seeds."""
-    grouped = rows.groupby("encoder")[column]
+    grouped = rows.groupby(x)[column]
     mean, spread = scale * grouped.mean(), scale * grouped.std().fillna(0)
     axis.plot(mean.index, mean, line, ms=4, color=colour)
     if (spread > 0).any():

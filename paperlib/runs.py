@@ -215,6 +215,7 @@ class Run:
     folder: Path
     figures: Path
     log: Callable[[str], None] = print
+    prefix: str = ""  # of its stages' names, for a walk within a walk
     finished: dict[str, "Artefact"] = field(default_factory=dict)  # stages of this process, by folder
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> how long it took when it was computed
 
@@ -234,6 +235,7 @@ class Run:
         inputs: name -> hash of what the stage reads. `make` writes files into its folder, which survives an
         interruption (so that training resumes); the stage counts as done once `stage.json` stands there.
         """
+        name = self.prefix + name
         record = {"stage": name, "version": version, "config": config, "inputs": inputs}
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.folder / "stages" / name / key

@@ -6,7 +6,7 @@ map), D nodes. Nothing after this module knows what kind of network the nodes be
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,23 @@ def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
                 heads = blocks[0].self_attn.heads if kind == "attn" else 0
                 taps.append(Tap(index + 1, kind, path, side, heads, kind == "pooled"))
     return taps + [Tap(len(blocks), kind, AFTER_CCT[kind]) for kind in kinds if kind in AFTER_CCT]
+
+
+def cnn_taps(network: nn.Module) -> list[Tap]:
+    """The taps of a VGG, `conv` of every layer: each convolution's activation after its ReLU and, where one follows,
+    its pooling; nodes are filters."""
+    taps: list[Tap] = []
+    for index, module in enumerate(network.features):
+        if isinstance(module, nn.Conv2d):
+            taps.append(Tap(len(taps) + 1, "conv", ""))
+        elif isinstance(module, nn.ReLU | nn.MaxPool2d):
+            taps[-1] = replace(taps[-1], module=f"features.{index}")
+    return taps
+
+
+def places(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
+    """The taps of any network of `paperlib.models`, of the given kinds."""
+    return cnn_taps(network) if hasattr(network, "features") else cct_taps(network, kinds)
 
 
 @contextmanager

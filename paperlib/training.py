@@ -186,9 +186,9 @@ def train(
                 "lower lr, or look for odd images"
             )
         test = accuracy(network, data)
-        curve.append({"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test})
-        curve[-1]["seconds"] = round(time.monotonic() - start, 1)
-        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {curve[-1]['loss']:.3f}  test accuracy {100 * test:.1f} %")
+        row = {"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test}
+        curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
+        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
             state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}
             state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from paperlib import andc
-from paperlib.models import cct
+from paperlib.models import cct, vgg
 
 
 def seeded(seed=0):
@@ -117,7 +117,6 @@ def test_dilution_counts_connections():
     unequal = {"a": torch.ones(3, 1, dtype=torch.bool), "b": torch.zeros(1, 1, dtype=torch.bool)}
     assert andc.dilution(unequal) == pytest.approx(1 / 4)  # of all connections, not the mean over layers
     assert andc.dilution({"a": torch.ones(2, 2, dtype=torch.bool)}) == 0
-    assert andc.per_layer(masks) == {"a": (1, 4), "b": (3, 4)}
 
 
 # --- the masks that ANDC has to beat
@@ -282,3 +281,39 @@ def test_no_node_may_be_removable(masks, network):
         intact = network(images)
         torch.testing.assert_close(andc.compact(andc.apply_masks(network, full), nodes)(images), intact)
     assert andc.removable({"classifier.fc": torch.zeros(5, 128, dtype=torch.bool)}) == {}
+
+
+# --- filters
+
+
+def test_filters_lose_whole_kernels():
+    network = vgg("vgg_11x2", 5)
+    pairs = andc.connections(network, "filters")
+    names = [f"features.{i}" for i, module in enumerate(network.features) if isinstance(module, torch.nn.Conv2d)]
+    assert list(pairs) == names[1:] and pairs[names[1]] == ("1.conv", "2.conv") and pairs[names[7]] == (
+        "7.conv", "8.conv",
+    )  # fmt: skip
+    sizes = {f"{i}.conv": network.get_submodule(name).out_channels for i, name in enumerate(names, start=1)}
+    diagonal = {name: label_sets(size, 5, size) for name, size in sizes.items()}
+    masks = andc.andc_masks(diagonal, pairs)
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=seeded(), dtype=torch.uint8)
+    half = torch.full((3, 1, 1), 0.5)
+    norms = andc.input_norms(network, masks, images, half, half)
+    for control in (andc.magnitude_masks(masks, network), andc.activation_masks(masks, network, norms)):
+        assert all(control[name].sum() == mask.sum() for name, mask in masks.items())
+    weights, macs = andc.savings(masks, network, torch.zeros(1, 3, 32, 32))
+    side = dict(zip(names, (32, 16, 8, 8, 4, 4, 2, 2), strict=True))  # pixels of a layer's own output, before pooling
+    removed = {name: 9 * int((~mask).sum()) for name, mask in masks.items()}
+    assert weights == sum(removed.values()) and macs == sum(removed[name] * side[name] ** 2 for name in masks)
+    andc.apply_masks(network, masks)
+    for name, mask in masks.items():
+        kernels = network.get_submodule(name).weight.detach().flatten(2).abs().sum(dim=2)
+        assert torch.equal(kernels > 0, mask)
+
+
+def test_savings_of_linear_layers(masks, network):
+    weights, macs = andc.savings(masks, network, torch.zeros(1, 3, 16, 16))
+    lost = sum(int((~mask).sum()) for mask in masks.values())
+    assert weights == lost and macs == 16 * lost
+    fc = {"classifier.fc": torch.zeros(5, 128, dtype=torch.bool)}
+    assert andc.savings(fc, network, torch.zeros(1, 3, 16, 16)) == (640, 640)

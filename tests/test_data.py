@@ -446,12 +446,3 @@ def test_unusable_arrays_are_refused(changed, tmp_path, refuses):
     cache(tmp_path, **changed)
     with refuses("cifar100"):
         data.load("cifar100", tmp_path)
-
-
-def test_superclasses_are_twenty_of_five():
-    names = tuple(sorted(data.SUPERCLASSES.replace("|", " ").split()))
-    found = data.superclasses(names)
-    assert len(names) == len(set(names)) == 100 and found.bincount().tolist() == [5] * 20
-    assert len({int(found[names.index(name)]) for name in ("maple_tree", "oak_tree", "willow_tree")}) == 1
-    assert found[names.index("whale")] != found[names.index("shark")]
-    assert data.superclasses(("a", "b")) is None

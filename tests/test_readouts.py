@@ -10,6 +10,7 @@ from torch import nn
 
 from paperlib import readouts, snp, taps
 from paperlib.data import normalise
+from paperlib.models import vgg
 
 KINDS = ["stem", *taps.CCT_TAPS]
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
@@ -365,3 +366,47 @@ def test_max_steps_shortens_an_epoch(max_steps, steps):
     train(network, [PIXELS], images, labels, 3, replace(RECIPE, max_steps=max_steps))
     assert sizes[-2 * steps :] == [16, 16, 8][:steps] * 2
     assert sum(sizes[: -2 * steps]) <= 41  # before: one pass for the scale, one image for the shapes
+
+
+# --- filters
+
+
+def test_cnn_taps_are_the_layers_after_activation_and_pooling():
+    network = vgg("vgg_11x4", 5).eval()
+    places = taps.places(network, ["anything"])
+    assert [place.name for place in places] == [f"{layer}.conv" for layer in range(1, 9)]
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    with taps.recording(network, places) as recorded, torch.no_grad():
+        logits = network(images)
+        x, outputs = images, []
+        for module in network.features:
+            if isinstance(module, nn.Conv2d) and x is not images:
+                outputs.append(x)
+            x = module(x)
+        outputs.append(x)
+    for place, expected in zip(places, outputs, strict=True):
+        assert torch.equal(recorded[place.name], expected.flatten(2).transpose(1, 2))
+    assert [recorded[place.name].shape[1] for place in places] == [256, 64, 64, 16, 16, 4, 4, 4]
+    torch.testing.assert_close(network.fc(recorded["8.conv"].mean(dim=1)), logits)
+
+
+def test_filters_of_a_hand_made_layer_give_the_known_matrix():
+    """Two labels: bright and dark pictures. Filter 0 answers to brightness, filter 1 to darkness; a readout that hears
+    filter 0 for label 0 and filter 1 for label 1 gives one cluster each, and no noise."""
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+    with torch.no_grad():
+        network[0].weight[0], network[0].weight[1] = 1 / 3, -1 / 3
+        network[0].bias[:] = 0
+    images = torch.tensor([250, 240, 10, 0], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 4, 4).contiguous()
+    labels, place = torch.tensor([0, 0, 1, 1]), taps.Tap(1, "conv", "2")
+    weight = torch.zeros(2, 4, 2)
+    weight[0, :, 0] = weight[1, :, 1] = 1.0
+    zero, one = torch.full((3, 1, 1), 0.5), torch.ones(3, 1, 1)
+    measured = readouts.measure(network, [place], {"1.conv": weight}, images, labels, zero, one)
+    assert measured.correct["1.conv"].all()
+    fields = snp.field_matrices(weight, measured.class_means["1.conv"])
+    bright, dark = 4 * (245 / 255 - 0.5), 4 * (0.5 - 5 / 255)  # four pixels after the pooling
+    expected = torch.tensor([[[bright, 0], [0, 0]], [[0, 0], [0, dark]]])
+    torch.testing.assert_close(fields, expected)
+    statistics = snp.tap_statistics(snp.boolean_matrices(fields))
+    assert statistics.clusters_per_node == statistics.labels_per_node == 1 and statistics.noise == 0

@@ -64,3 +64,12 @@ def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
             source.tensors("fields_held_out").items()}  # fmt: skip
     for name, mask in andc.andc_masks(sets, andc.connections(network, "ff")).items():
         assert torch.equal(masks_of(run)["andc", 0, name], mask)
+
+
+def test_superclasses_are_twenty_of_five():
+    names = tuple(sorted(stages.SUPERCLASSES.replace("|", " ").split()))
+    found = stages.superclasses(names)
+    assert len(names) == len(set(names)) == 100 and found.bincount().tolist() == [5] * 20
+    assert len({int(found[names.index(name)]) for name in ("maple_tree", "oak_tree", "willow_tree")}) == 1
+    assert found[names.index("whale")] != found[names.index("shark")]
+    assert stages.superclasses(("a", "b")) is None

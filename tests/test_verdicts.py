@@ -261,3 +261,18 @@ def test_rank_trend():
     assert verdicts.rank_trend(np.array([1.0, 2.0, 5.0])) == pytest.approx(1)
     assert verdicts.rank_trend(np.array([5.0, 2.0, 1.0])) == pytest.approx(-1)
     assert verdicts.rank_trend(np.ones(3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("curve", "word"), [(RISING, "supported"), (RISING[::-1], "not supported"), (FLAT, "not supported")]
+)
+def test_cnn_and_transformer_must_agree(curve, word):
+    """The CCT sharpens; C1 needs the CNN to do so too, and takes the smaller growth of the two."""
+    cct, cnn = (nodes_table(3, shape, FLAT, spread=0.1) for shape in (RISING, curve))
+    cct, cnn = cct[cct.tap == "block"].assign(half="cct"), cnn[cnn.tap == "block"].assign(half="cnn", tap="conv")
+    correct = {"cct": answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)}
+    cnn_answers = answers(3, [c / 10 for c in curve], [0.1] * 4)
+    correct["cnn"] = {(s, k, name.replace("block", "conv")): v for (s, k, name), v in cnn_answers.items()}
+    rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L)
+    assert [row["verdict"] for row in rows] == [word, word] and all(row["claim"] == "C1" for row in rows)
+    assert rows[0]["effect"] == pytest.approx(min(0.3, (curve[-1] - curve[0]) / 10), abs=1e-3)

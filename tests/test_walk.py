@@ -15,9 +15,10 @@ CUT += ["many_heads=[2, 4]"]
 CUT += ["batch_size=16", "readout_batch_size=16"]
 CACHES = {"cifar100": ("cifar100.npz", 30, 32), "flowers102": ("flowers102-224.npz", 30, 224)}
 FIGURES = {
-    "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "accuracy_against_dilution", "head_map",
-    "head_specialisation", "predicted_accuracies", "node_distributions",
-    "penalties", "node_gallery", "head_experts", "cooperation", "attention_maps", "more_heads",
+    "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "node_distributions", "node_gallery", "penalties",
+    "predicted_accuracies", "accuracy_against_dilution", "head_map", "head_experts", "head_specialisation",
+    "cooperation", "attention_maps", "more_heads", "cnn_learning_curve", "two_halves",
+    "cnn_accuracy_against_dilution",
 }  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def test_every_profile_walks_when_cut_short(profile, folders, write_cache, capsy
     }
     summary = json.loads((figures / "summary.json").read_text())
     assert summary["config"]["max_steps"] == 2 and summary["data"]["name"] == settings.data
-    assert {row["claim"] for row in summary["verdicts"]} == {"C2", "C3", "C4", "C5", "C6"}
+    assert {row["claim"] for row in summary["verdicts"]} == {"C1", "C2", "C3", "C4", "C5", "C6"}
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
     text = capsys.readouterr().out
-    assert "04_head_modus_vivendi" in text and str(figures) in text and "failed" not in text
+    assert "05_cnn_counterpart" in text and str(figures) in text and "failed" not in text
