@@ -151,7 +151,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": deciding}
-    return run.stage(f"readouts-{kind}-seed{seed}", 3, config, inputs, make)
+    return run.stage(f"readouts-{kind}-seed{seed}", 4, config, inputs, make)
 
 
 def _trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
@@ -212,7 +212,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
     config = run.config(*ARCHITECTURE, *READOUT, "penalty_taps", "penalty_epochs", "threshold")
     config |= {"seed": seed, "kind": kind, "penalties": values}
-    return run.stage(f"penalties-{kind}-seed{seed}", 1, config, inputs, make)
+    return run.stage(f"penalties-{kind}-seed{seed}", 2, config, inputs, make)
 
 
 def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:

@@ -230,6 +230,11 @@ def _gain_over_size(points: np.ndarray) -> np.ndarray:
     return np.abs(only_size - measured).mean(axis=1) - np.abs(predicted - measured).mean(axis=1)
 
 
+def table(rows: list[dict]) -> pd.DataFrame:
+    """Verdicts as a table to look at."""
+    return pd.DataFrame(rows).set_index("claim").round(4)
+
+
 def rank_trend(values: np.ndarray) -> np.ndarray:
     """Spearman correlation of values with their order along the last axis, in -1..1; 0 for constant values."""
     values = np.asarray(values)

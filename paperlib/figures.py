@@ -93,7 +93,7 @@ def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
     networks dashed (first table of `stages.both_halves`)."""
     part = taps[(taps.threshold == threshold) & taps.network.isin(("trained", "random"))]
     keys = ["half", "network", "depth", "seed"]
-    table = part[~part.centred].set_index(keys).assign(snr_centred=part[part.centred].set_index(keys).snr)
+    table = part[~part.centred].set_index(keys).assign(snr_centred=part[part.centred].set_index(keys).snr).sort_index()
     shown = {
         "accuracy": "accuracy", "snr": "SNR", "clusters_per_node": "clusters per node", "snr_centred": "centred SNR",
         "pooled_cluster_size": "labels per cluster", "noise": "noise N", "offset_share": "offset share",

@@ -16,7 +16,8 @@ from paperlib.training import autocast, generator, progress, schedule
 
 @dataclass(frozen=True)
 class ReadoutRecipe:
-    """How readouts are trained; every field has its unit in `runs.Settings`."""
+    """How readouts are trained; every field has its unit in `runs.Settings`. A tap's learning rate is lr over the
+    square root of its number of features, as the weights are, so that taps of any size learn alike."""
 
     epochs: int
     batch_size: int
@@ -59,7 +60,10 @@ def train_readouts(
             weights[tap.name] = (start / features**0.5).to(images.device)
             weights[tap.name].grad = torch.zeros_like(weights[tap.name])
         penalties = {name: penalty(name, scales[name]) if penalty else recipe.l2 for name in weights}
-        groups = [{"params": [weight], "weight_decay": penalties[name]} for name, weight in weights.items()]
+        groups = [
+            {"params": [weight], "weight_decay": penalties[name], "rate": recipe.lr / weight.shape[1] ** 0.5}
+            for name, weight in weights.items()
+        ]
         adam = torch.optim.Adam(groups, lr=recipe.lr, fused=True)
         batches = -(-len(images) // recipe.batch_size)
         steps_per_epoch = min(batches, recipe.max_steps or batches)
@@ -78,7 +82,7 @@ def train_readouts(
                     )
                 done = epoch * steps_per_epoch + step
                 for group in adam.param_groups:
-                    group["lr"] = recipe.lr * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
+                    group["lr"] = group["rate"] * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
                 adam.step()
             log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
         positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}

@@ -78,7 +78,7 @@ class Settings(BaseModel):
     taps_once: list[str] = Field(description="further taps, measured for the first seed only")
     readout_epochs: int = Field(ge=1, description="epochs of readout training")
     readout_batch_size: int = Field(ge=1, description="images in a readout step")
-    readout_lr: Number = Field(gt=0, description="largest learning rate of the readouts")
+    readout_lr: Number = Field(gt=0, description="learning rate of a readout, times the root of its features")
     readout_l2: Number = Field(ge=0, description="L2 penalty of the readouts")
     penalties: list[Number] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
     penalty_taps: list[str] = Field(description="taps of that comparison, at the first, middle and last encoder")
@@ -320,11 +320,6 @@ def card(settings: Settings) -> pd.DataFrame:
     """Every setting of a run: name, value, meaning."""
     rows = [(name, str(getattr(settings, name)), field.description) for name, field in Settings.model_fields.items()]
     return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
-
-
-def verdict_table(rows: list[dict]) -> pd.DataFrame:
-    """Verdicts as a table to look at."""
-    return pd.DataFrame(rows).set_index("claim").round(4)
 
 
 def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from paperlib.models import vgg
 
 KINDS = ["stem", *taps.CCT_TAPS]
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
-RECIPE = readouts.ReadoutRecipe(epochs=2, batch_size=16, lr=0.01, l2=0.01, shift=1, flip=True)
+RECIPE = readouts.ReadoutRecipe(epochs=2, batch_size=16, lr=0.1, l2=0.01, shift=1, flip=True)
 PIXELS = taps.Tap(1, "pixels", "0")  # of the toy networks below: the first module's output
 
 
@@ -296,7 +296,7 @@ def test_readouts_reach_the_optimum(l2, batch_size, epochs, excess, distance):
     network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1, bias=False))
     network[1].weight.data = 1000 * torch.eye(3).view(3, 3, 1, 1)
     which = [PIXELS, taps.Tap(2, "scaled", "1")]
-    recipe = readouts.ReadoutRecipe(epochs, batch_size, lr=0.03, l2=l2, shift=0, flip=False)
+    recipe = readouts.ReadoutRecipe(epochs, batch_size, lr=0.2, l2=l2, shift=0, flip=False)
     weights = train(network, which, images, labels, 3, recipe)
 
     pixels = (images.double() / 255 - MEAN) / STD
