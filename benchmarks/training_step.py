@@ -9,6 +9,7 @@ that is measured between the rounds, on a product of the network's own size.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from paperlib import training
 from paperlib.data import augmented_batches, normalise
 from paperlib.models import cct
 
+HALF = "ours, half the tokens"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16 is left out where it is emulated
 
 
@@ -92,10 +94,11 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     ours = ours.to(device, memory_format=torch.channels_last).train()
     tokens, flops = ours.tokenizer.tokens(32), flops_per_step(ours, batch)
     theirs = peer_cct(name).to(device).train()
-    optimizers = {"ours": training.optimizers(ours, recipe["fp32"])}
-    optimizers["vit-pytorch"] = training.optimizers(theirs, recipe["fp32"])
+    fewer = copy.deepcopy(ours)
+    fewer.classifier.token_share = 0.5
+    networks = {"ours": torch.compile(ours) if options.compile else ours, "vit-pytorch": theirs, HALF: fewer}
+    optimizers = {side: training.optimizers(network, recipe["fp32"]) for side, network in networks.items()}
     _, muon = training.optimizers(ours, replace(recipe["fp32"], optimizer="muon", precision="auto"))
-    networks = {"ours": torch.compile(ours) if options.compile else ours, "vit-pytorch": theirs}
     augment, times, rates = [], {}, {key: [] for key in precisions}
     update, orthogonal = [], []
     for round_ in range(options.rounds + 2):  # the first two are not counted
@@ -118,7 +121,7 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     for (side, precision), step_time in median.items():
         rate = statistics.median(rates[precision][2:])
         peers = (median["vit-pytorch", key] / step_time for key in (precision, "fp32"))
-        share = f"{100 * flops / step_time / 1e9 / rate:.0f} % of {rate:.0f} GFLOP/s"
+        share = "" if side == HALF else f"{100 * flops / step_time / 1e9 / rate:.0f} % of {rate:.0f} GFLOP/s"
         cells = [name, side, precision, f"{step_time:.3f}", f"{n / step_time:.0f}", share, *(f"{r:.2f}" for r in peers)]
         print(f"| {' | '.join(cells)} |")
     fast = median["ours", precisions[-1]]

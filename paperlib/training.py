@@ -125,12 +125,12 @@ def train(
 ) -> list[dict]:
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
-    One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1), seconds. With
-    `checkpoint`, the state is saved after each epoch (written whole or not at all) and a later call with the same
-    recipe and seed goes on from there: every random number derives from (seed, purpose, epoch), so an interrupted
-    training ends like an uninterrupted one. Raises ValueError for a checkpoint of another recipe, FloatingPointError
-    with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
-    every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
+    One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1; in the training's
+    precision, the last one in fp32), seconds. With `checkpoint`, the state is saved after each epoch (written whole or
+    not at all) and a later call with the same recipe and seed goes on from there: every random number derives from
+    (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one. Raises ValueError for a
+    checkpoint of another recipe, FloatingPointError with the step at which the loss stopped being finite (the last good
+    checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
     """
     rank, ranks = distributed.place()
     device = data.x_train.device
@@ -185,7 +185,8 @@ def train(
                 f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
                 "lower lr, or look for odd images"
             )
-        test = accuracy(network, data)
+        with autocast("fp32" if epoch + 1 == recipe.epochs else recipe.precision, device):
+            test = accuracy(network, data)
         row = {"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test}
         curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  test accuracy {100 * test:.1f} %")
