@@ -130,7 +130,8 @@ def train(
     not at all) and a later call with the same recipe and seed goes on from there: every random number derives from
     (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one. Raises ValueError for a
     checkpoint of another recipe, FloatingPointError with the step at which the loss stopped being finite (the last good
-    checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
+    checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its share of each batch; rank 0's
+    checkpoint counts.
     """
     rank, ranks = distributed.place()
     device = data.x_train.device
