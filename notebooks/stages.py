@@ -739,7 +739,7 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
 
 def more_heads(run: Run) -> pd.DataFrame:
     """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
-    gap, test_accuracy."""
+    gap, test_accuracy; and the figure of it, if there are any."""
     rows = []
     for count in run.settings.many_heads:
         other = replace(
@@ -748,7 +748,10 @@ def more_heads(run: Run) -> pd.DataFrame:
         _, _, overall = head_division(other)
         accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
         rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))
-    return pd.concat(rows) if rows else pd.DataFrame()
+    table = pd.concat(rows) if rows else pd.DataFrame()
+    if rows:
+        figures.save(figures.more_heads(table, run.images.name), run.figures, "more_heads", table)
+    return table
 
 
 def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:

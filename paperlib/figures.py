@@ -67,13 +67,13 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
         return _stamped(figure, f"{data}, n = {curves.seed.nunique()}", data)
 
 
-def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
-    """Readout accuracy and raw SNR of each tap along the encoders, mean and spread over seeds, with the random network
+def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list[str]) -> Figure:
+    """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds, with the random network
     dashed (first table of `stages.snr`)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(7, 3))
         raw = taps[(taps.threshold == threshold) & ~taps.centred]
-        shown = sorted(raw[raw.network == "random"].tap.unique(), key=list(TAP_COLOURS).index)
+        shown = sorted(shown, key=list(TAP_COLOURS).index)
         for axis, column, scale in ((axes[0], "accuracy", 100), (axes[1], "snr", 1)):
             for tap in shown:
                 for kind, line in (("trained", "o-"), ("random", "x--")):
@@ -193,12 +193,13 @@ def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], 
     cluster, clusters framed; encoders are rows."""
     rows, columns = (list(dict.fromkeys(key[part] for key in panels)) for part in (0, 1))
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        size = (1 + 1.9 * len(columns), 2 * len(rows))
+        size = (1 + 1.4 * len(columns), 0.3 + 1.4 * len(rows))
         figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
         for (row, column), (field, clusters) in panels.items():
             axis = axes[rows.index(row), columns.index(column)]
             order = _by_cluster(clusters, len(field))
-            image = axis.imshow((field / field.max())[order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+            scaled = (field / field.max())[order][:, order].numpy()
+            image = axis.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             _frame(axis, clusters)
             axis.set(xticks=[], yticks=[])
             if row == rows[0]:
