@@ -35,8 +35,7 @@ def moments(batches: Iterable[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[T
 
 def random_subsets(nodes: int, sizes: Iterable[int], draws: int, generator: torch.Generator) -> Tensor:
     """For each size, `draws` random sets of so many nodes: (sizes * draws, D) bool."""
-    order = [torch.rand(draws, nodes, generator=generator).argsort(dim=1).argsort(dim=1) < size for size in sizes]
-    return torch.cat(order)
+    return torch.cat([torch.rand(draws, nodes, generator=generator).argsort().argsort() < size for size in sizes])
 
 
 def subset_answers(activations: Tensor, weight: Tensor, labels: Tensor, subsets: Tensor) -> Tensor:

@@ -163,9 +163,8 @@ def measured_nodes(
 ) -> tuple[NodeStatistics, Tensor]:
     """Readout and class means (L, T, D) -> statistics and diagonal labels (D, L) of every node, without keeping all
     matrices: a chunk of nodes takes about 20 L^2 bytes a node."""
-    pairs = zip(readout_weight.split(chunk, dim=2), class_means.split(chunk, dim=2), strict=True)
     parts = []
-    for weight, means in pairs:
+    for weight, means in zip(readout_weight.split(chunk, dim=2), class_means.split(chunk, dim=2), strict=True):
         booleans = boolean_matrices(field_matrices(weight, means), threshold)
         parts.append((*_chunk_statistics(booleans), diagonal_labels(booleans).clone()))
     *statistics, diagonal = (torch.cat(values) for values in zip(*parts, strict=True))

@@ -66,8 +66,7 @@ def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
 
 
 def cnn_taps(network: nn.Module) -> list[Tap]:
-    """The taps of a VGG, `conv` of every layer: each convolution's activation after its ReLU and, where one follows,
-    its pooling; nodes are filters."""
+    """The taps of a VGG, `conv` of every layer: its filters after the ReLU and, where one follows, the pooling."""
     taps: list[Tap] = []
     for index, module in enumerate(network.features):
         if isinstance(module, nn.Conv2d):
