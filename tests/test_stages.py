@@ -66,6 +66,16 @@ def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
         assert torch.equal(masks_of(run)["andc", 0, name], mask)
 
 
+@pytest.mark.slow
+def test_other_numbers_of_heads_are_walked_too(folders):
+    few = CUT | {"limit": 200, "many_heads": [1, 2], "permutations": 50, "taps": ["attn", "block"]}
+    run = runs.open_run("quick", few)
+    table = stages.more_heads(run)
+    assert table.heads.tolist() == [1, 1, 2, 2] and (run.figures / "more_heads.png").exists()
+    assert (table[table.heads == 1].excess.abs() < 1e-9).all()  # one head owns everything, as by chance
+    assert stages.more_heads(runs.open_run("quick", few | {"many_heads": []})).empty
+
+
 def test_superclasses_are_twenty_of_five():
     names = tuple(sorted(stages.SUPERCLASSES.replace("|", " ").split()))
     found = stages.superclasses(names)
