@@ -74,8 +74,12 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penal
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
             continue  # taps that only pruning needs have no random twin, and the stem no depth
         effects, intervals, beaten = _growth(nodes, correct, labels, statistic, tap)
-        failing = _failing_penalties(penalties[penalties.tap == tap], statistic.lower())
-        null = RANDOM_NETWORK + (f"; fails for penalties {', '.join(failing)}" if failing else "; every penalty")
+        tried = penalties[penalties.tap == tap]
+        failing = _failing_penalties(tried, statistic.lower())
+        word = "fails for" if failing else "every one of"
+        null = RANDOM_NETWORK
+        if len(tried):
+            null += f"; {word} the penalties {', '.join(failing or sorted(tried.l2.astype(str).unique()))}"
         text = f"{statistic} of {tap}, last - first encoder; rank trend > 0"
         rows.append(verdict("C3", data, text, effects, intervals, null, all(beaten) and not failing))
     return rows

@@ -124,14 +124,17 @@ def test_one_penalty_without_sharpening_decides(curve, random):
     nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table(random=random, code=curve))
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all("fails for penalties" in row["null"] and "code" in row["null"] for row in rows)
+    assert all("fails for the penalties" in row["null"] and "code" in row["null"] for row in rows)
 
 
 def test_penalties_count_after_all_epochs():
     early = penalty_table((0.3, 0.2, 0.1)).assign(epochs=2)  # readouts that have not converged
     table = pd.concat([early, penalty_table()])
     nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
-    assert {row["verdict"] for row in verdicts.sharpening(nodes, correct, "cifar100", L, table)} == {"supported"}
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L, table)
+    assert {row["verdict"] for row in rows} == {"supported"} and "penalties 0.001, 0.01" in rows[0]["null"]
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L, table[table.tap == "block"])
+    assert ["penalties" in row["null"] for row in rows] == [True, False, True, False]  # accuracy, attn, block, ff2
 
 
 def test_a_tap_without_depth_has_no_row():
