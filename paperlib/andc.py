@@ -29,14 +29,16 @@ def connections(network: nn.Module, layers: str) -> dict[str, tuple[str, str]]:
         convs = [f"features.{i}" for i, module in enumerate(network.features) if isinstance(module, nn.Conv2d)]
         return {name: (f"{layer}.conv", f"{layer + 1}.conv") for layer, name in enumerate(convs[1:], start=1)}
     count, pairs = len(network.classifier.blocks), {}
+    if layers == "classifier":
+        return {"classifier.fc": (f"{count}.block", "labels")}
     for index in range(count):
         path, encoder = f"classifier.blocks.{index}", index + 1
         before = f"{index}.block" if index else "0.stem"
         ff = {f"{path}.linear1": ("ff_in", "ff1"), f"{path}.linear2": ("ff1", "ff2")}
         attention = {f"{path}.self_attn.qkv": (before, "qkv"), f"{path}.self_attn.proj": ("attn", "mha")}
-        for name, ends in {"ff": ff, "attention": attention, "classifier": {}}[layers].items():
+        for name, ends in {"ff": ff, "attention": attention}[layers].items():
             pairs[name] = tuple(end if "." in end else f"{encoder}.{end}" for end in ends)
-    return pairs if layers != "classifier" else {"classifier.fc": (f"{count}.block", "labels")}
+    return pairs
 
 
 def andc_masks(diagonal: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
