@@ -7,6 +7,7 @@ appended to the table, as soon as a candidate is done.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 
 from paperlib import data, models, runs, training
+
+sys.path.insert(0, str(runs.root() / "notebooks"))
+from parameters import load_settings
 
 # name -> what it changes in the recipe; each adds one change to one above it
 ADAMW = {"optimizer": "adamw", "token_share": 1.0, "lr": 1e-3}
@@ -28,7 +32,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    settings = runs.load_settings("cifar100-cpu")
+    settings = load_settings("cifar100-cpu")
     images = data.load("cifar100", runs.folder_of("data"))
     kept, held = data.held_out(images.y_train, 0.1)
     x, y = images.x_train, images.y_train

@@ -21,6 +21,7 @@ from paperlib import andc, runs, snp, training
 from paperlib.data import normalise
 
 sys.path.insert(0, str(runs.root() / "notebooks"))
+import parameters
 import stages
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("profile", nargs="?", default="quick")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
-    run = runs.open_run(options.profile, runs.changes_of(options.set))
+    run = parameters.open_run(options.profile, parameters.changes_of(options.set))
     seed, images = run.settings.seeds[0], run.images
     network, _ = stages.load_network(run, seed, "trained")
     network = network.cpu()

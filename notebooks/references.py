@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 
+import parameters
 import stages
 import torch
 from safetensors.torch import save_file
@@ -60,10 +61,10 @@ def scores(network: torch.nn.Module, images: data.Images) -> tuple[float, float]
 def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
     if changes.get("limit"):
         raise ValueError("a reference network is trained on all images: leave limit out")
-    run = runs.open_run(profile, {**changes, "weights": "trained", "seeds": [seed]})
+    run = parameters.open_run(profile, {**changes, "weights": "trained", "seeds": [seed]})
     run = stages.cnn_half(run) if cnn else run
     s, images, trained = run.settings, run.images, stages.train(run, seed)
-    name = runs.reference_name(s, seed)
+    name = parameters.reference_name(s, seed)
     weights = {key: value.half() if value.is_floating_point() else value
                for key, value in trained.tensors("weights").items()}  # fmt: skip
     if not all(value.isfinite().all() for value in weights.values()):
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "check":
             return check(options.names or models.references())
-        make(options.profile, options.seed, options.cnn, runs.changes_of(options.set))
+        make(options.profile, options.seed, options.cnn, parameters.changes_of(options.set))
     except (ValueError, OSError) as error:
         print(f"references: {error}", file=sys.stderr)
         return 2

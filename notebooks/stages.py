@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from parameters import check_references, reference_name
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +23,7 @@ from verdicts import interval
 from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
 from paperlib.data import Images, held_out, limit, normalise
 from paperlib.models import reference
-from paperlib.runs import Artefact, Run, check_references, reference_name, save_table, save_tensors, write_text
+from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors, write_text
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
 # CIFAR-100's own superclasses, five labels each
@@ -48,6 +49,7 @@ READOUT = (
     "readout_l2",
 )  # fmt: skip
 GROUP_L2 = 1e-3  # the penalty in the group's code, on activations that are not scaled
+DRAWN = ("random", "permuted")  # controls of which there are several draws
 PRUNING = ("held_out", "prune_draws", "retrain_epochs", "retrain_lr")
 
 
@@ -75,10 +77,8 @@ def cnn_half(run: Run) -> Run:
 
 
 def train(run: Run, seed: int) -> Artefact:
-    """Stage: the trained network of a seed (weights.safetensors), its learning curve (curve.csv) and how long its
-    epochs took (seconds.json); taken from the committed networks where the settings say so."""
-    if run.settings.weights == "reference":
-        return _committed(run, seed)
+    """Stage: the network of a seed trained here (weights.safetensors), its learning curve (curve.csv) and how long its
+    epochs took (seconds.json)."""
 
     def make(folder: Path) -> None:
         distributed.share(True)  # tells other ranks, where there are any, to train along
@@ -93,18 +93,11 @@ def train(run: Run, seed: int) -> Artefact:
     return run.stage(f"train-seed{seed}", 1, config, {"data": run.data_sha256}, make)
 
 
-def _committed(run: Run, seed: int) -> Artefact:
-    name = reference_name(run.settings, seed)
-
-    def make(folder: Path) -> None:
-        save_tensors(folder / "weights.safetensors", models.load_reference(name).state_dict())
-        save_table(folder / "curve.csv", reference.card(name)["curve"])
-
-    return run.stage(f"train-seed{seed}", 1, {"reference": name}, {"weights": reference.sha256(name)}, make)
-
-
 def learning_curves(run: Run) -> pd.DataFrame:
     """seed, epoch, lr, loss, test_accuracy (0..1): one row per epoch of every trained network."""
+    if run.settings.weights == "reference":
+        cards = [reference.card(reference_name(run.settings, seed)) for seed in run.settings.seeds]
+        return pd.concat([pd.DataFrame(card["curve"]) for card in cards], ignore_index=True)
     return pd.concat([train(run, seed).table("curve") for seed in run.settings.seeds], ignore_index=True)
 
 
@@ -112,7 +105,11 @@ def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, s
     """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
     network = build_network(run, seed)
     inputs = {"data": run.data_sha256}
-    if kind != "random":
+    if kind != "random" and run.settings.weights == "reference":
+        name = reference_name(run.settings, seed)
+        network.load_state_dict(models.load_reference(name).state_dict())
+        inputs["network"] = reference.sha256(name)
+    elif kind != "random":
         artefact = train(run, seed)
         network.load_state_dict(artefact.tensors("weights"))
         inputs["network"] = artefact.sha256
@@ -125,7 +122,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     readouts trained on labels dealt to other images.
 
     weights: tap -> readout (L, T, D); fields_test, fields_held_out (taps that decide masks): tap -> field matrices
-    (D, L, L); correct: tap -> (n_test,) and heads/tap -> (n_test, H) as 0/1.
+    (D, L, L); correct: tap -> (n_test,) bool and heads/tap -> (n_test, H) bool.
     """
     s = run.settings
     network, inputs = load_network(run, seed, kind)
@@ -141,7 +138,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
         save_tensors(folder / "weights.safetensors", weights)
         save_tensors(folder / "fields_test.safetensors", _fields(weights, test))
-        save_tensors(folder / "correct.safetensors", {name: value.byte() for name, value in correct.items()})
+        save_arrays(folder / "correct.npz", correct)
         if kind == "trained":
             _, held = held_out(run.images.y_train, s.held_out)
             places = [place for place in places if place.kind in deciding]
@@ -151,7 +148,24 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
 
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": deciding}
-    return run.stage(f"readouts-{kind}-seed{seed}", 4, config, inputs, make)
+    return run.stage(f"readouts-{kind}-seed{seed}", 5, config, inputs, make)
+
+
+def matrices(run: Run, seed: int, kind: str) -> Artefact:
+    """Stage: Boolean matrices of one network's nodes at the main threshold, for the taps that are measured for every
+    seed. matrices: tap -> (D, L, L) bool."""
+    source = readout(run, seed, kind)
+
+    def make(folder: Path) -> None:
+        found = {
+            tap: snp.boolean_matrices(fields, run.settings.threshold)
+            for tap, fields in source.tensors("fields_test").items()
+            if tap.split(".")[1] in run.settings.taps
+        }
+        save_arrays(folder / "matrices.npz", found)
+
+    config = run.config("threshold", "taps")
+    return run.stage(f"matrices-{kind}-seed{seed}", 1, config, {"readouts": source.sha256}, make)
 
 
 def _trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
@@ -243,7 +257,7 @@ def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
     def make(folder: Path) -> None:
-        measured, correct = source.tensors("fields_test"), source.tensors("correct")
+        measured, correct = source.tensors("fields_test"), source.arrays("correct")
         tap_rows, node_rows = [], []
         for tap, fields in sorted(measured.items()):
             encoder, name = tap.split(".")
@@ -288,34 +302,45 @@ def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
 def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of one node of the last encoder, the one whose number of labels is nearest to the tap's median among
     those with a cluster of two or more, and its field matrix as a table."""
-    found = _fields_along(run, seed, kind)
-    encoder, fields = list(found.items())[-1]
-    booleans = snp.boolean_matrices(fields, run.settings.threshold)
-    node = _chosen_nodes(snp.node_statistics(booleans))["typical"]
-    clusters = snp.label_clusters(booleans[node])
-    place = f"encoder {encoder}, {kind}, node {node}, seed {seed}"
-    figure = figures.node_matrix(fields[node], booleans[node], clusters, run.images.classes, run.images.name, place)
-    return figure, pd.DataFrame(fields[node].numpy())
+    examples = _examples(run, seed, kind)
+    chosen = examples.table("examples").query("which == 'typical'").iloc[-1]
+    field = examples.arrays("fields")[f"{chosen.encoder}/typical"]
+    boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
+    place = f"encoder {chosen.encoder}, {kind}, node {chosen.node}, seed {seed}"
+    clusters, name = snp.label_clusters(boolean), run.images.name
+    return figures.node_matrix(field, boolean, clusters, run.images.classes, name, place), pd.DataFrame(field.numpy())
 
 
 def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of typical and extreme nodes of the first, middle and last encoder, and which nodes they are."""
-    found = _fields_along(run, seed, kind)
-    panels, rows = {}, []
-    for encoder in sorted({1, (len(found) + 1) // 2, len(found)}):
-        booleans = snp.boolean_matrices(found[encoder], run.settings.threshold)
-        nodes = snp.node_statistics(booleans)
-        for what, node in _chosen_nodes(nodes).items():
-            panels[f"encoder {encoder}", what] = (found[encoder][node], snp.label_clusters(booleans[node]))
-            numbers = {name: int(getattr(nodes, name)[node]) for name in nodes.__dataclass_fields__}
-            rows.append({"encoder": encoder, "tap": kind, "which": what, "node": node, **numbers})
-    return figures.node_gallery(panels, run.images.name, f"{kind}, seed {seed}"), pd.DataFrame(rows)
+    examples = _examples(run, seed, kind)
+    table, fields, panels = examples.table("examples"), examples.arrays("fields"), {}
+    for row in table.itertuples():
+        field = fields[f"{row.encoder}/{row.which}"]
+        boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
+        panels[f"encoder {row.encoder}", row.which] = (field, snp.label_clusters(boolean))
+    return figures.node_gallery(panels, run.images.name, f"{kind}, seed {seed}"), table
 
 
-def _fields_along(run: Run, seed: int, kind: str) -> dict[int, Tensor]:
-    """Encoder -> field matrices of one kind of tap, trained network."""
-    found = readout(run, seed, "trained").tensors("fields_test")
-    return dict(sorted((int(name.split(".")[0]), found[name]) for name in found if name.endswith(f".{kind}")))
+def _examples(run: Run, seed: int, kind: str) -> Artefact:
+    """Stage: typical and extreme nodes of one kind of tap at the first, middle and last encoder, trained network.
+    examples.csv: which nodes; fields: encoder/which -> (L, L)."""
+    source = readout(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        fields, rows, kept = source.tensors("fields_test"), [], {}
+        found = {_encoder(tap): tap for tap in fields if tap.endswith(f".{kind}")}
+        for encoder in sorted({1, (len(found) + 1) // 2, len(found)}):
+            along = fields[found[encoder]]
+            nodes = snp.node_statistics(snp.boolean_matrices(along, run.settings.threshold))
+            for what, node in _chosen_nodes(nodes).items():
+                kept[f"{encoder}/{what}"] = along[node].clone()
+                numbers = {name: int(getattr(nodes, name)[node]) for name in nodes.__dataclass_fields__}
+                rows.append({"encoder": encoder, "tap": kind, "which": what, "node": node, **numbers})
+        save_arrays(folder / "fields.npz", kept)
+        save_table(folder / "examples.csv", rows)
+
+    return run.stage(f"examples-{kind}-seed{seed}", 1, run.config("threshold"), {"readouts": source.sha256}, make)
 
 
 def _chosen_nodes(nodes: snp.NodeStatistics) -> dict[str, int]:
@@ -333,8 +358,9 @@ def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     First table: label, other, nodes, same_superclass (CIFAR-100 only). Second: share of clustered pairs in one
     superclass with the 95 % range and largest value over permuted label names, and what the order of labels does.
     """
-    *_, fields = _fields_along(run, run.settings.seeds[0], "block").values()
-    booleans, classes = snp.boolean_matrices(fields, run.settings.threshold), run.images.classes
+    found = matrices(run, run.settings.seeds[0], "trained").arrays("matrices")
+    *_, booleans = (found[tap] for tap in sorted(found, key=_encoder) if tap.endswith(".block"))
+    classes = run.images.classes
     pairs, groups = snp.clustered_pairs(booleans), superclasses(classes)
     top = pairs.triu().flatten().topk(10).indices
     rows = [{"label": classes[i // len(classes)], "other": classes[i % len(classes)]} for i in top.tolist()]
@@ -356,6 +382,10 @@ def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, pd.DataFrame(summary.items(), columns=["", "value"]).set_index("").round(4)
 
 
+def _encoder(tap: str) -> int:
+    return int(tap.split(".")[0])
+
+
 def superclasses(classes: tuple[str, ...]) -> Tensor | None:
     """The number of each label's superclass (L,), where the labels are CIFAR-100's; None for other labels."""
     groups = [group.split() for group in SUPERCLASSES.replace("\n", "|").split("|") if group.strip()]
@@ -366,10 +396,10 @@ def superclasses(classes: tuple[str, ...]) -> Tensor | None:
 def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:
     """(seed, network, tap name) -> (n_test,) bool: which test images the tap's readout gets right."""
     return {
-        (seed, kind, tap): values.bool()
+        (seed, kind, tap): values
         for seed in run.settings.seeds
         for kind in NETWORKS
-        for tap, values in readout(run, seed, kind).tensors("correct").items()
+        for tap, values in readout(run, seed, kind).arrays("correct").items()
         if not tap.startswith("heads/")
     }
 
@@ -393,25 +423,31 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
         unseen, y_unseen = images.x_train[held], images.y_train[held]
         shares = images.y_test.bincount() / len(images.y_test)
         places = taps.cct_taps(network, ["block"])
-        weights, rows, factor, only_size = source.tensors("weights"), [], None, None
+        weights = {place.name: source.tensors("weights")[place.name].to(shares.device) for place in places}
+        nodes = next(iter(weights.values())).shape[2]
+        sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
+        subsets = {
+            place.name: macroscopic.random_subsets(
+                nodes, sizes, SUBSETS, training.generator(seed, "subsets", place.name)
+            ).to(shares.device)
+            for place in places
+        }
+        batches = _batches(network, places, unseen, y_unseen, images)
+        moments = macroscopic.moments(batches, weights)
+        measured = _subset_accuracies(network, places, images.x_test, images.y_test, images, weights, subsets)
+        everything = {places[0].name: subsets[places[0].name][-1:]}
+        right = _subset_accuracies(network, places[:1], unseen, y_unseen, images, weights, everything)
+        rows, factor, only_size = [], None, None
         for place in places:
-            weight = weights[place.name].to(shares.device)
-            nodes = weight.shape[2]
-            sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
-            generator = training.generator(seed, "subsets", place.name)
-            subsets = macroscopic.random_subsets(nodes, sizes, SUBSETS, generator).to(shares.device)
-            mean, variance = macroscopic.moments(_batches(network, place, unseen, y_unseen, images), weight)
-            summed = [(subsets.float() @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in (mean, variance)]
+            chosen = subsets[place.name].float()
+            summed = [(chosen @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in moments[place.name]]
             if factor is None:  # fitted once, at encoder 1, on the images that gave the moments
-                right = _subset_accuracies(_batches(network, place, unseen, y_unseen, images), weight, subsets[-1:])
-                factor = macroscopic.correlation_factor(summed[0][-1], summed[1][-1], shares, right.item())
+                factor = macroscopic.correlation_factor(summed[0][-1], summed[1][-1], shares, right[place.name].item())
             predicted = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
-            batches = _batches(network, place, images.x_test, images.y_test, images)
-            measured = _subset_accuracies(batches, weight, subsets)
             row = {"seed": seed, "encoder": place.encoder, "factor": factor}
             part = pd.DataFrame({**row, "size": torch.tensor(sizes).repeat_interleave(SUBSETS)})
             part["draw"] = list(range(SUBSETS)) * len(sizes)
-            part["predicted"], part["measured"] = predicted.cpu(), measured.cpu()
+            part["predicted"], part["measured"] = predicted.cpu(), measured[place.name]
             part = part[(part["size"] < nodes) | (part.draw == 0)]  # there is one set of all nodes
             only_size = part.groupby("size").measured.mean() if only_size is None else only_size
             rows.append(part.assign(only_size=part["size"].map(only_size)))
@@ -421,15 +457,18 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
     return run.stage(f"macroscopic-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
 
 
-def _batches(network: nn.Module, place: taps.Tap, x: Tensor, y: Tensor, images: Images):
-    """Activations of one tap and labels, batch by batch."""
-    found = taps.activations(network, [place], x, *images.statistics)
-    return ((batch[place.name], labels) for batch, labels in zip(found, y.split(256), strict=True))
+def _batches(network: nn.Module, places: list[taps.Tap], x: Tensor, y: Tensor, images: Images):
+    """Activations of some taps and labels, batch by batch."""
+    return zip(taps.activations(network, places, x, *images.statistics), y.split(256), strict=True)
 
 
-def _subset_accuracies(batches, weight: Tensor, subsets: Tensor) -> Tensor:
-    answers = [macroscopic.subset_answers(x, weight, y, subsets) for x, y in batches]
-    return torch.cat(answers, dim=1).float().mean(dim=1)
+def _subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:
+    """Accuracy of some subsets of each tap's nodes (S, D) -> tap name -> (S,), in one pass."""
+    right: dict[str, list[Tensor]] = {place.name: [] for place in places}
+    for batch, labels in _batches(network, places, x, y, images):
+        for name, parts in right.items():
+            parts.append(macroscopic.subset_answers(batch[name], weights[name], labels, subsets[name]))
+    return {name: torch.cat(parts, dim=1).float().mean(dim=1).cpu() for name, parts in right.items()}
 
 
 def both_halves(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -463,18 +502,41 @@ def pruning(run: Run) -> pd.DataFrame:
     """Stage for every seed, layers and threshold: accuracy against dilution, for ANDC and its controls.
 
     seed, layers (ff; attention, classifier; a CNN's filters), method (andc, permuted, random, magnitude, activation),
-    threshold, draw, dilution, removable (ff1 nodes without connections), parameters and macs (of the whole network,
-    without the zeros), accuracy, loss (of accuracy, against the unpruned network), loss_se (its standard error over
+    threshold, draw, images (that scored it; draws of one control share the test images out among themselves), dilution,
+    removable (ff1 nodes without connections), parameters and macs (of the whole network, without the zeros), accuracy,
+    loss (of accuracy, against the unpruned network), loss_se (its standard error over
     test images), retrained_accuracy, retrained_loss, retrained_loss_se (nan where not retrained); accuracies in 0..1.
     """
     seeds, thresholds = run.settings.seeds, run.settings.prune_thresholds
-    parts = [(seed, layers, at) for seed in seeds for layers in pruned_layers(run, seed) for at in thresholds]
+    parts = [
+        (seed, layers, at)
+        for seed in seeds
+        for layers in pruned_layers(run, seed)
+        for at in (thresholds[::2] if layers in run.settings.prune_once else thresholds)
+    ]
     return pd.concat([_pruning(run, *part).table("pruning") for part in parts], ignore_index=True)
+
+
+def label_sets(run: Run, seed: int) -> Artefact:
+    """Stage: the labels that nodes recognise on held-out training images, at every threshold of the pruning sweep.
+    sets: threshold/tap -> (D, L) bool."""
+    source = readout(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        fields = source.tensors("fields_held_out").items()
+        sets = {
+            f"{at:g}/{tap}": snp.diagonal_labels(snp.boolean_matrices(part, at)).clone()
+            for tap, part in fields
+            for at in run.settings.prune_thresholds
+        }
+        save_arrays(folder / "sets.npz", sets)
+
+    return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
 
 
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
-    source = readout(run, seed, "trained")
+    source = label_sets(run, seed)
     network, inputs = load_network(run, seed, "trained")
     again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
 
@@ -489,7 +551,8 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
             weights, products = andc.savings(masks, network, images.x_test[:1].float())
             row |= {"dilution": andc.dilution(masks), "parameters": parameters - weights, "macs": macs - products}
             row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
-            row |= _loss("", intact, _right_answers(pruned, images))
+            part = slice(draw, None, s.prune_draws) if method in DRAWN else slice(None)
+            row |= {"images": len(intact[part])} | _loss("", intact[part], _right_answers(pruned, images, part))
             retrained = None
             if again and draw == 0 and (seed == s.seeds[0] or method in ("andc", "random")):
                 short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
@@ -499,20 +562,17 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         run.log(f"pruning {layers} at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
-    config = run.config(*TRAINING, *PRUNING) | {
-        "seed": seed,
-        "layers": layers,
-        "threshold": threshold,
-        "retrain": again,
-    }
-    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+    config = run.config(*TRAINING, *PRUNING)
+    config |= {"seed": seed, "layers": layers, "threshold": threshold, "retrain": again}
+    inputs |= {"label sets": source.sha256}
+    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 2, config, inputs, make)
 
 
 def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):
     """ANDC's masks and those of its controls at equal dilution: (method, draw, masks)."""
-    pairs, fields = andc.connections(network, layers), source.tensors("fields_held_out")
+    pairs, found = andc.connections(network, layers), source.arrays("sets")
     ends = {end for pair in pairs.values() for end in pair} - {"labels"}
-    sets = {tap: snp.diagonal_labels(snp.boolean_matrices(fields[tap], threshold)) for tap in sorted(ends)}
+    sets = {tap: found[f"{threshold:g}/{tap}"] for tap in sorted(ends)}
     masks = andc.andc_masks(sets, pairs)
     _, held = held_out(run.images.y_train, run.settings.held_out)
     yield "andc", 0, masks
@@ -532,8 +592,9 @@ def _macs(network: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _right_answers(network: nn.Module, images: Images) -> Tensor:
-    return training.predict(network, images.x_test, *images.statistics).argmax(dim=1) == images.y_test
+def _right_answers(network: nn.Module, images: Images, part: slice = slice(None)) -> Tensor:
+    logits = training.predict(network, images.x_test[part], *images.statistics)
+    return logits.argmax(dim=1) == images.y_test[part]
 
 
 def _loss(prefix: str, intact: Tensor, pruned: Tensor | None) -> dict[str, float]:
@@ -555,9 +616,9 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
     network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
     tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`), mean_gap
-    (with the head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with owners dealt to
-    other labels). Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and
-    over test images; gap_null_high of the mean over encoders.
+    (with the head's nodes at their training mean instead of 0; first seed), gap_null_high (97.5 % of gaps with owners
+    dealt to other labels). Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the
+    null, and over test images; gap_null_high of the mean over encoders.
     """
     both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
     tables = ("labels", "encoders", "overall")
@@ -570,22 +631,24 @@ def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
 
 
 def _heads(run: Run, seed: int, kind: str) -> Artefact:
-    source = readout(run, seed, kind)
+    right, source = readout(run, seed, kind), matrices(run, seed, kind)
     network, inputs = load_network(run, seed, kind)
+    inputs |= {"answers": right.sha256, "matrices": source.sha256}
 
     def make(folder: Path) -> None:
         s, labels = run.settings, run.images.y_test
         num_heads = network.classifier.blocks[0].self_attn.heads
-        fields, correct = source.tensors("fields_test"), source.tensors("correct")
-        intact = ablated = None
+        found, correct = source.arrays("matrices"), right.arrays("correct")
+        intact = ablated = averaged = None
         if kind == "trained":
             images = run.images.to(training.best_device())
-            intact = _right_answers(network, images).cpu()
-            ablated, averaged = (_ablations(network, images, means).cpu() for means in (None, _means(network, images)))
+            intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
+            if seed == s.seeds[0]:
+                averaged = _ablations(network, images, _means(network, images)).cpu()
         label_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
-            booleans = snp.boolean_matrices(fields[tap], s.threshold)
+            booleans = found[tap]
             counts = heads.cooperation_counts(booleans, num_heads)
             owned = heads.assign_labels(counts)
             generator = training.generator(seed, "head permutations", encoder)
@@ -610,9 +673,11 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 generator = training.generator(seed, "dealt owners", encoder)
                 dealt.append(heads.dealt_gaps(drop, labels, owned.owner, s.permutations, generator))
                 summary["gap_null_high"] = interval(dealt[-1])[1]
-                softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owned.owner)
-                mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
-                summary["mean_gap"] = mine - other
+                summary["mean_gap"] = math.nan
+                if averaged is not None:
+                    softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owned.owner)
+                    mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
+                    summary["mean_gap"] = mine - other
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
@@ -633,10 +698,10 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         save_table(folder / "overall.csv", [overall])
 
     config = run.config("threshold", "permutations") | {"seed": seed}
-    return run.stage(f"heads-{kind}-seed{seed}", 2, config, inputs | {"readouts": source.sha256}, make)
+    return run.stage(f"heads-{kind}-seed{seed}", 3, config, inputs, make)
 
 
-def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None) -> Tensor:
+def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:
     """Right answers on the test images with each head silent, or at its mean: (encoders, H, n)."""
     batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
     answers = [heads.ablation_logits(network, batch, means).argmax(dim=3) for batch in batches]
@@ -666,26 +731,28 @@ def _cooperation(run: Run, seed: int) -> Artefact:
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        weights, chance, rows = source.tensors("weights"), 1 / len(images.classes), []
-        for place in taps.cct_taps(network, ["attn"]):
-            weight = weights[place.name].to(images.x_test.device)
-            nodes, width = weight.shape[2], weight.shape[2] // place.heads
+        places, chance, rows = taps.cct_taps(network, ["attn"]), 1 / len(images.classes), []
+        weights = {place.name: source.tensors("weights")[place.name].to(images.x_test.device) for place in places}
+        described, subsets = {}, {}
+        for place in places:
+            nodes, width = weights[place.name].shape[2], weights[place.name].shape[2] // place.heads
             sizes = sorted({*(2**power for power in range(12) if 2**power < width), width})
             generator = training.generator(seed, "cooperation", place.name)
-            subsets, described = [torch.eye(nodes, dtype=torch.bool)], []
+            described[place.name], chosen = [], [torch.eye(nodes, dtype=torch.bool)]
             for head in range(-1, place.heads):
                 draws = SUBSETS if head < 0 else -(-SUBSETS // place.heads)
                 within = macroscopic.random_subsets(nodes if head < 0 else width, sizes, draws, generator)
-                chosen = torch.zeros(len(within), nodes, dtype=torch.bool)
-                chosen[:, slice(None) if head < 0 else slice(head * width, (head + 1) * width)] = within
-                subsets.append(chosen)
-                described += [(head, size, draw) for size in sizes for draw in range(draws)]
-            subsets = torch.cat(subsets).to(weight.device)
-            batches = _batches(network, place, images.x_test, images.y_test, images)
-            found = _subset_accuracies(batches, weight, subsets).cpu()
-            alone = found[:nodes] - chance
+                some = torch.zeros(len(within), nodes, dtype=torch.bool)
+                some[:, slice(None) if head < 0 else slice(head * width, (head + 1) * width)] = within
+                chosen.append(some)
+                described[place.name] += [(head, size, draw) for size in sizes for draw in range(draws)]
+            subsets[place.name] = torch.cat(chosen).to(images.x_test.device)
+        found = _subset_accuracies(network, places, images.x_test, images.y_test, images, weights, subsets)
+        for place in places:
+            nodes, accuracies = weights[place.name].shape[2], found[place.name]
+            alone = accuracies[:nodes] - chance
             for (head, size, draw), subset, accuracy in zip(
-                described, subsets[nodes:].cpu(), found[nodes:], strict=True
+                described[place.name], subsets[place.name][nodes:].cpu(), accuracies[nodes:], strict=True
             ):
                 row = {"seed": seed, "encoder": place.encoder, "size": size, "head": head, "draw": draw}
                 row |= {"nodes": "across" if head < 0 else "head", "accuracy": accuracy.item()}

@@ -1,15 +1,21 @@
-"""Put the results of a finished `./run_all.sh` (profile quick) where readers find them: into notebooks and README.
+"""Put the results of a finished `./run_all.sh [PROFILE]` where readers find them.
 
-python notebooks/store_outputs.py
+python notebooks/store_outputs.py [PROFILE]
 
-Notebooks keep their cells and take the outputs of the executed copies in the run folder; copies with other cells or
-parameters are refused. The README's table of verdicts is made anew from figures/quick/summary.json.
+quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
+with other cells or parameters are refused. Other profiles: the small files of the run's stages are copied to
+figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of verdicts
+are made anew from the profiles' summary.json.
 """
 
+import argparse
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import nbformat
+import parameters
 
 from paperlib import runs
 
@@ -21,7 +27,7 @@ CLAIMS = {
     "C5": "[each head becomes expert in its own labels](notebooks/04_head_modus_vivendi.ipynb)",
     "C6": "[accuracy follows from single nodes](notebooks/02_snr_per_encoder.ipynb)",
 }
-MARKS = ("<!-- verdicts: made by notebooks/store_outputs.py -->", "<!-- end of verdicts -->")
+MARKS = ("<!-- verdicts of {}: made by notebooks/store_outputs.py -->", "<!-- end of verdicts -->")
 
 
 def verdict_table(summary: dict) -> str:
@@ -36,10 +42,11 @@ def verdict_table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, table: str) -> str:
-    """The page with the lines between the two marks replaced."""
-    before, rest = page.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+def with_table(page: str, profile: str, table: str) -> str:
+    """The page with the lines between the profile's two marks replaced."""
+    first, last = MARKS[0].format(profile), MARKS[1]
+    before, rest = page.split(first)
+    return f"{before}{first}\n{table}\n{last}{rest.split(last, 1)[1]}"
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -59,8 +66,8 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
     return source
 
 
-def main() -> int:
-    root = runs.root()
+def store_notebooks(root: Path) -> None:
+    """Outputs of the walk quick into the notebooks; all of them or none."""
     notebooks = {}
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         executed = runs.folder_of("runs") / "quick" / path.name
@@ -70,9 +77,34 @@ def main() -> int:
             sys.exit(f"{path.name}: {error}")
     for path, notebook in notebooks.items():
         nbformat.write(notebook, path)
-    summary = json.loads((root / "figures" / "quick" / "summary.json").read_text(encoding="utf-8"))
+
+
+def store_stages(stages: Path, target: Path) -> None:
+    """The small files of the latest finished artefact of every stage but training; what is committed already stays."""
+    for place in sorted(path for path in stages.iterdir() if "train-seed" not in path.name):
+        finished = sorted(place.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
+        if not finished:
+            continue
+        copy = target / place.name / finished[-1].parent.name
+        if not copy.exists():
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            large = [path.name for path in finished[-1].parent.iterdir() if runs.is_large(path.name)]
+            shutil.copytree(finished[-1].parent, copy, ignore=shutil.ignore_patterns(*large))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
+    profile, root = parser.parse_args(arguments).profile, runs.root()
+    if profile == "quick":
+        store_notebooks(root)
+    else:
+        store_stages(runs.folder_of("runs") / profile / "stages", root / "figures" / profile / "stages")
+    summary = json.loads((root / "figures" / profile / "summary.json").read_text(encoding="utf-8"))
     page = root / "README.md"
-    runs.write_text(page, with_table(page.read_text(encoding="utf-8"), verdict_table(summary)))
+    text = page.read_text(encoding="utf-8")
+    if MARKS[0].format(profile) in text:
+        runs.write_text(page, with_table(text, profile, verdict_table(summary)))
     return 0
 
 

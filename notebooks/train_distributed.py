@@ -10,11 +10,12 @@ import os
 import sys
 from datetime import timedelta
 
+import parameters
 import stages
 import torch
 import torch.distributed as dist
 
-from paperlib import runs, training
+from paperlib import training
 from paperlib.distributed import place, share
 
 
@@ -27,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if "LOCAL_RANK" not in os.environ:
             raise ValueError("start this with torchrun --nproc-per-node <devices>, see the README")
-        changes = runs.changes_of(options.set)
-        runs.load_settings(options.profile, changes)
+        changes = parameters.changes_of(options.set)
+        parameters.load_settings(options.profile, changes)
     except (ValueError, OSError) as error:
         print(f"train_distributed: {error}", file=sys.stderr)
         return 2
@@ -39,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rank, _ = place()
         # Rank 0 first, so that what has to be downloaded is downloaded once.
-        run = runs.open_run(options.profile, changes) if rank == 0 else None
+        run = parameters.open_run(options.profile, changes) if rank == 0 else None
         share(None)
-        run = run or runs.open_run(options.profile, changes)
+        run = run or parameters.open_run(options.profile, changes)
         for seed in run.settings.seeds:
             if rank == 0:
                 if not stages.train(run, seed).fresh:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
+import parameters
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -22,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         return _list()
     try:
-        changes = runs.changes_of(options.set)
-        settings = runs.load_settings(options.profile, changes)
+        changes = parameters.changes_of(options.set)
+        settings = parameters.load_settings(options.profile, changes)
         notebooks = _chosen(options.start, options.only)
     except (ValueError, OSError) as error:
         print(f"run_all: {error}", file=sys.stderr)
@@ -140,14 +141,14 @@ def _table(times: dict[str, float], failed: str | None, figures: Path) -> str:
 
 def _list() -> int:
     print("profiles:")
-    for name in runs.profiles():
+    for name in parameters.profiles():
         text = (runs.root() / "notebooks" / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")
         print(f"  {name:14} {text.splitlines()[0].removeprefix('# ')}")
     print("\nnotebooks:")
     for path in _chosen(None, None):
         print(f"  {path.stem}")
     print("\nparameters (--set NAME=VALUE):")
-    for name, field in runs.Settings.model_fields.items():
+    for name, field in parameters.Settings.model_fields.items():
         print(f"  {name:22} {field.description}")
     return 0
 

@@ -18,19 +18,28 @@ def node_fields(activations: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(activations.permute(2, 0, 1), weight.permute(2, 1, 0))
 
 
-def moments(batches: Iterable[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Batches of activations (n, T, D) and labels (n,) -> mean M_k and within-label variance V_k of each node's field,
-    both (D, L, L): node, input label, output label."""
-    labels, _, nodes = weight.shape
-    sums, squares = weight.new_zeros(2, nodes, labels, labels).double()
-    counts = weight.new_zeros(labels).double()
+def moments(
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]], weights: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Batches of activations, tap name -> (n, T, D), and labels (n,); readouts (L, T, D) -> mean M_k and within-label
+    variance V_k of each node's field, both (D, L, L): node, input label, output label."""
+    labels = len(next(iter(weights.values())))
+    sums = {
+        name: weight.new_zeros(2, weight.shape[2], labels, labels, dtype=torch.float64)
+        for name, weight in weights.items()
+    }
+    counts = torch.zeros(labels, dtype=torch.float64, device=next(iter(weights.values())).device)
     for activations, y in batches:
-        fields = node_fields(activations, weight).double()
-        sums.index_add_(1, y, fields)
-        squares.index_add_(1, y, fields.square())
         counts += y.bincount(minlength=labels)
-    mean, square = (total / counts[:, None] for total in (sums, squares))
-    return mean.float(), (square - mean.square()).clamp(min=0).float()
+        for name, weight in weights.items():
+            fields = node_fields(activations[name], weight).double()
+            sums[name][0].index_add_(1, y, fields)
+            sums[name][1].index_add_(1, y, fields.square())
+    found = {}
+    for name, total in sums.items():
+        mean, square = total / counts[:, None]
+        found[name] = mean.float(), (square - mean.square()).clamp(min=0).float()
+    return found
 
 
 def random_subsets(nodes: int, sizes: Iterable[int], draws: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import parameters
 import pytest
 from walk import main
 
@@ -56,17 +57,17 @@ def test_unknown_option_exits_with_2():
 def test_list_names_profiles_notebooks_and_parameters(capsys):
     assert main(["--list"]) == 0
     text = capsys.readouterr().out
-    for word in [*runs.profiles(), "01_train_cct", "04_head_modus_vivendi", *runs.Settings.model_fields]:
+    for word in [*parameters.profiles(), "01_train_cct", "04_head_modus_vivendi", *parameters.Settings.model_fields]:
         assert word in text
 
 
-@pytest.mark.parametrize("profile", runs.profiles())
+@pytest.mark.parametrize("profile", parameters.profiles())
 def test_profiles_are_complete(profile):
-    assert isinstance(runs.load_settings(profile), runs.Settings)
+    assert isinstance(parameters.load_settings(profile), parameters.Settings)
 
 
 def test_numbers_without_a_dot_are_numbers():
-    assert runs.load_settings("quick", {"lr": "1e-3"}).lr == 1e-3
+    assert parameters.load_settings("quick", {"lr": "1e-3"}).lr == 1e-3
 
 
 def test_a_failing_notebook_gives_exit_code_1_and_its_reason(folders):

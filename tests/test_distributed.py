@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import parameters
 import pytest
 import stages
 import torch
@@ -31,7 +32,7 @@ def test_two_ranks_train_the_network_of_one(folders):
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("epoch 2/2") == 1  # one rank speaks
     assert second.returncode == 0 and "unchanged, not computed again" in second.stdout
-    alone = stages.train(runs.open_run("quick", SETTINGS), seed=0)
+    alone = stages.train(parameters.open_run("quick", SETTINGS), seed=0)
     folder = folders / "two" / "quick" / "stages" / "train-seed0" / alone.folder.name
     together = runs.Artefact(folder, "", 0.0)
     for name, weights in alone.tensors("weights").items():

@@ -27,7 +27,9 @@ def test_node_fields_add_up_to_the_readout(case):
 
 def test_moments_are_means_and_variances_whatever_the_batches(case):
     x, y, weight = case
-    mean, variance = macroscopic.moments(zip(x.split(17), y.split(17), strict=True), weight)
+    mean, variance = macroscopic.moments(
+        (({"tap": part}, labels) for part, labels in zip(x.split(17), y.split(17), strict=True)), {"tap": weight}
+    )["tap"]
     torch.testing.assert_close(mean, snp.field_matrices(weight, snp.class_means(x, y, 5)))
     fields = macroscopic.node_fields(x, weight)
     for label in range(5):
@@ -75,7 +77,7 @@ def test_independent_normal_nodes_are_predicted_without_a_factor():
     weight = torch.randn(5, 1, nodes, generator=generator)
     x += 0.4 * weight[y]
     shares = torch.full((5,), 0.2)
-    mean, variance = macroscopic.moments([(x, y)], weight)
+    mean, variance = macroscopic.moments([({"tap": x}, y)], {"tap": weight})["tap"]
     subsets = macroscopic.random_subsets(nodes, [3, 10, 30], 3, generator)
     measured = macroscopic.subset_answers(x, weight, y, subsets).float().mean(dim=1)
     summed = [(subsets.float() @ part.flatten(1)).unflatten(1, (5, 5)) for part in (mean, variance)]

@@ -11,6 +11,7 @@ import sys
 import tomllib
 
 import nbformat
+import parameters
 import pytest
 import yaml
 from store_outputs import verdict_table, with_table
@@ -144,7 +145,7 @@ def test_commands_of_the_pages_are_accepted(line, monkeypatch):
     assert words[0] == "torchrun" or (ROOT / file).is_file()
     if words[0] == "./run_all.sh":
         options = parser().parse_args(words[1:])
-        assert options.list or runs.load_settings(options.profile, runs.changes_of(options.set))
+        assert options.list or parameters.load_settings(options.profile, parameters.changes_of(options.set))
         assert _chosen(options.start, options.only)
 
 
@@ -170,17 +171,18 @@ def test_every_committed_figure_has_its_four_files(folder):
 def test_committed_results_fit_the_committed_profile(folder):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["profile"] == folder.name
-    assert summary["config"] == json.loads(json.dumps(runs.load_settings(folder.name).model_dump()))
+    assert summary["config"] == json.loads(json.dumps(parameters.load_settings(folder.name).model_dump()))
     assert list(summary["results"]) == [path.stem for path in NOTEBOOKS]
     assert "+changes" not in summary["revision"]
     claims = [row["claim"] for row in summary["verdicts"]]
     assert claims == sorted(claims) and {"C2", "C3", "C4", "C5"} <= set(claims)
 
 
-def test_the_readme_shows_the_committed_verdicts():
+@pytest.mark.parametrize("profile", sorted(path.parent.name for path in (ROOT / "figures").glob("*/summary.json")))
+def test_the_readme_shows_the_committed_verdicts(profile):
     page = (ROOT / "README.md").read_text()
-    summary = json.loads((ROOT / "figures" / "quick" / "summary.json").read_text())
-    assert with_table(page, verdict_table(summary)) == page
+    summary = json.loads((ROOT / "figures" / profile / "summary.json").read_text())
+    assert with_table(page, profile, verdict_table(summary)) == page
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 import json
 
+import parameters
 import pytest
 import references
 import stages
@@ -28,7 +29,7 @@ def edited_card(name, **changes):
 
 
 def test_a_stored_network_is_the_trained_one_in_half_precision(made):
-    trained = stages.train(runs.open_run("quick", CUT), 0).tensors("weights")
+    trained = stages.train(parameters.open_run("quick", CUT), 0).tensors("weights")
     network = models.load_reference(made)
     assert models.references() == [made] and not network.training
     for key, value in network.state_dict().items():
@@ -49,10 +50,11 @@ def test_check_wants_the_data_of_the_card(made):
 
 
 def test_a_walk_starts_from_a_reference(made):
-    run = runs.open_run("quick", CUT | {"weights": "reference"})
-    artefact = stages.train(run, 0)
+    run = parameters.open_run("quick", CUT | {"weights": "reference"})
+    network, inputs = stages.load_network(run, 0, "trained")
     expected = models.load_reference(made).state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in artefact.tensors("weights").items())
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+    assert inputs["network"] == reference.sha256(made)
     assert runs.json_rows(stages.learning_curves(run)) == reference.card(made)["curve"]
 
 
@@ -61,7 +63,7 @@ def test_a_walk_starts_from_a_reference(made):
 )
 def test_other_settings_than_the_references_are_refused(made, changes, sentence, refuses):
     with refuses(sentence):
-        runs.load_settings("quick", CUT | {"weights": "reference"} | changes)
+        parameters.load_settings("quick", CUT | {"weights": "reference"} | changes)
 
 
 def test_the_cnn_is_stored_too(folders, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import parameters
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,9 @@ def run(folders):
     labels = torch.tensor([0, 0, 1, 1])
     data = Images("toy", images, labels, images, labels, ("a", "b"))
     said = []
-    run = runs.Run("quick", runs.load_settings("quick"), data, folders / "run", folders / "figures", said.append)
+    run = runs.Run(
+        "quick", parameters.load_settings("quick"), data, folders / "run", folders / "figures", log=said.append
+    )
     run.figures.mkdir()
     run.said = said  # what the log was told, for the tests below
     return run
@@ -102,6 +105,42 @@ def test_an_interrupted_stage_is_not_taken_for_done(run):
     assert not list(artefact.folder.glob("*.pt"))
 
 
+def heavy(calls):
+    def make(folder):
+        calls.append(folder)
+        runs.save_table(folder / "table.csv", [{"value": 7}])
+        runs.save_tensors(folder / "weights.safetensors", {"w": torch.arange(3.0)})
+
+    return make
+
+
+def test_a_committed_stage_needs_its_large_files_only_where_they_are_read(run, tmp_path):
+    calls = []
+    done = run.stage("s", 1, {}, {}, heavy(calls))
+    copy = tmp_path / "committed" / "s" / done.folder.name
+    shutil.copytree(done.folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.rmtree(run.folder)
+    run.committed = tmp_path / "committed"
+    found = fresh(run).stage("s", 1, {}, {}, heavy(calls))
+    assert found.table("table").value.item() == 7 and len(calls) == 1
+    assert (found.folder, found.sha256) == (copy, done.sha256)
+    assert torch.equal(found.tensors("weights")["w"], torch.arange(3.0)) and len(calls) == 2
+    assert found.tensors("weights") and len(calls) == 2  # made once
+    again = fresh(run).stage("s", 1, {}, {}, heavy(calls))
+    assert again.sha256 == done.sha256 and again.tensors("weights") and len(calls) == 2  # kept in the run's folder
+    (copy / "table.csv").write_text("value\n8\n")
+    with pytest.raises(ValueError, match="files do not fit"):
+        fresh(run).stage("s", 1, {}, {}, heavy(calls))
+
+
+def test_arrays_come_back_as_they_were(run):
+    tensors = {"a/b": torch.rand(5, 3, 3) > 0.5, "empty": torch.zeros(0, 4).bool(), "real": torch.randn(2, 2)}
+    artefact = run.stage("s", 1, {}, {}, lambda folder: runs.save_arrays(folder / "some.npz", tensors))
+    back = artefact.arrays("some")
+    assert set(back) == set(tensors)
+    assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items())
+
+
 def test_two_runs_on_one_stage_are_told_apart(run):
     def meddles(folder):
         with pytest.raises(RuntimeError, match="another run is working on"):
@@ -119,8 +158,8 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     assert summary["results"] == {"01": {"a": 1}, "02": {"b": 3}}
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
     assert " ".join(summary) == ("profile config seeds environment device seconds data revision results verdicts")
-    assert set(summary["data"]) == {"name", "sha256"}
-    other = runs.load_settings("quick", {"epochs": run.settings.epochs + 1})
+    assert set(summary["data"]) == {"name", "sha256", "classes"}
+    other = parameters.load_settings("quick", {"epochs": run.settings.epochs + 1})
     runs.Run("quick", other, run.images, run.folder, run.figures).record("03", {}, [])
     assert list(json.loads((run.figures / "summary.json").read_text())["results"]) == ["03"]
 
@@ -147,5 +186,5 @@ def test_a_relative_folder_counts_from_the_project(folders, monkeypatch):
     (project / "pyproject.toml").touch()
     for where in (project, project / "notebooks"):
         monkeypatch.chdir(where)
-        run = runs.open_run("quick", {"data": "folder:pictures", "image_size": 24})
+        run = parameters.open_run("quick", {"data": "folder:pictures", "image_size": 24})
         assert run.images.classes == ("a", "b") and len(run.images.x_train) == 4

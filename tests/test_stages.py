@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import parameters
 import pytest
 import stages
 import torch
 
-from paperlib import andc, data, readouts, runs, snp, training
+from paperlib import andc, data, readouts, snp, training
 from paperlib.taps import cct_taps
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
@@ -14,14 +15,14 @@ CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "prec
 
 @pytest.fixture
 def run(folders):
-    return runs.open_run("quick", CUT)
+    return parameters.open_run("quick", CUT)
 
 
 def masks_of(run, layers="ff"):
     """All masks of the first threshold, the controls among them."""
     network, _ = stages.load_network(run, 0, "trained")
     images = run.images.to(training.best_device())
-    source = stages.readout(run, 0, "trained")
+    source = stages.label_sets(run, 0)
     return {
         (method, draw, name): mask
         for method, draw, masks in stages._masks(run, network, images, source, 0, layers, 0.4)
@@ -69,11 +70,11 @@ def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
 @pytest.mark.slow
 def test_other_numbers_of_heads_are_walked_too(folders):
     few = CUT | {"limit": 200, "many_heads": [1, 2], "permutations": 50, "taps": ["attn", "block"]}
-    run = runs.open_run("quick", few)
+    run = parameters.open_run("quick", few)
     table = stages.more_heads(run)
     assert table.heads.tolist() == [1, 1, 2, 2] and (run.figures / "more_heads.png").exists()
     assert (table[table.heads == 1].excess.abs() < 1e-9).all()  # one head owns everything, as by chance
-    assert stages.more_heads(runs.open_run("quick", few | {"many_heads": []})).empty
+    assert stages.more_heads(parameters.open_run("quick", few | {"many_heads": []})).empty
 
 
 def test_superclasses_are_twenty_of_five():

@@ -2,10 +2,10 @@
 
 import json
 
+import parameters
 import pytest
+import regenerate
 from walk import main
-
-from paperlib import runs
 
 # Real image sizes and networks; few images, labels, steps and thresholds
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
@@ -25,7 +25,7 @@ FIGURES = {
 @pytest.mark.parametrize("profile", ["cifar100", "flowers102"])
 def test_gpu_profiles_train_and_measure_when_cut_short(profile, folders, write_cache):
     """What differs in them: image sizes, networks, the published recipe. What follows is the same for all profiles."""
-    settings = runs.load_settings(profile)
+    settings = parameters.load_settings(profile)
     name, labels, size = CACHES[settings.data]
     write_cache(folders / "data" / name, labels, size, train=2, test=1)
     assert main([profile, "--only", "01,03", "--set", *CUT, "taps=[attn, block]", "retrain_thresholds=[]"]) == 0
@@ -36,10 +36,10 @@ def test_gpu_profiles_train_and_measure_when_cut_short(profile, folders, write_c
 @pytest.mark.slow
 def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     profile = "cifar100-cpu"
-    settings = runs.load_settings(profile)
+    settings = parameters.load_settings(profile)
     name, labels, size = CACHES[settings.data]
     write_cache(folders / "data" / name, labels, size, train=2, test=1)
-    assert main([profile, "--set", *CUT]) == 0
+    assert main([profile, "--set", *CUT, "weights=trained"]) == 0
     figures = folders / "figures" / profile
     assert {path.name for path in figures.iterdir()} == {"summary.json"} | {
         f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")
@@ -49,5 +49,6 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     assert {row["claim"] for row in summary["verdicts"]} == {"C1", "C2", "C3", "C4", "C5", "C6"}
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
+    assert regenerate.main([profile, "--stages", str(folders / "runs" / profile / "stages")]) == 0
     text = capsys.readouterr().out
     assert "05_cnn_counterpart" in text and str(figures) in text and "failed" not in text

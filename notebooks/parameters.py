@@ -1,0 +1,200 @@
+"""Profiles: every parameter of a walk, its meaning and its range, and how a walk is opened."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from paperlib import data, models, taps, training
+from paperlib.models import reference
+from paperlib.models.vgg import parse as parse_vgg
+from paperlib.runs import Run, folder_of, root
+
+# YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
+Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
+Rate = Annotated[Number, Field(ge=0, lt=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Threshold = Annotated[Number, Field(gt=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Every parameter of a walk. A profile gives each of them a value; there are no defaults elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    data: str = Field(description="data set: glyphs100, cifar100, flowers102 or folder:<path>")
+    image_size: int = Field(ge=8, le=1024, description="side of the images in pixels")
+    limit: int = Field(ge=0, description="use only this many training and test images (0: all)")
+    model: str = Field(description="network: cct_<blocks>_<kernel>x<convs>")
+    heads: int = Field(ge=0, description="attention heads (0: the model's own number)")
+    cnn: str = Field(description="the CNN beside it: vgg_<layers>x<filters>")
+    positional_embedding: Literal["learnable", "sine", "none"] = Field(description="positions of the tokens")
+    attention_dropout: Rate = Field(description="dropout of attention weights")
+    stochastic_depth: Rate = Field(description="drop rate of the last block's branches, rising linearly from 0")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is measured for each")
+    weights: Literal["trained", "reference"] = Field(description="train here, or start from the committed networks")
+    epochs: int = Field(ge=1, description="epochs of training")
+    cnn_epochs: int = Field(ge=1, description="epochs of the CNN's training, by AdamW")
+    batch_size: int = Field(ge=1, description="images in a training step")
+    optimizer: Literal["adamw", "muon"] = Field(description="of the encoders' matrices; the rest takes AdamW")
+    token_share: Number = Field(gt=0, le=1, description="random share of the tokens in the first 80 % of the steps")
+    lr: Number = Field(gt=0, description="largest learning rate")
+    cnn_lr: Number = Field(gt=0, description="largest learning rate of the CNN")
+    weight_decay: Number = Field(ge=0, description="decoupled weight decay")
+    warmup: Share = Field(description="share of the steps in which the learning rate rises")
+    decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
+    label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
+    augmentation: Literal["light", "published"] = Field(
+        description="in training: light (shift, flip) or CCT's published"
+    )
+    shift: int = Field(ge=0, description="light augmentation: largest random shift in pixels")
+    flip: bool = Field(description="light augmentation: mirror half of the images")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        description="of the network in training steps; auto: bf16 where it is fast"
+    )
+    max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
+    held_out: Share = Field(description="share of the training images that readouts never see (they decide masks)")
+    taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")
+    taps_once: list[str] = Field(description="further taps, measured for the first seed only")
+    readout_epochs: int = Field(ge=1, description="epochs of readout training")
+    readout_batch_size: int = Field(ge=1, description="images in a readout step")
+    readout_lr: Number = Field(gt=0, description="learning rate of a readout, times the root of its features")
+    readout_l2: Number = Field(ge=0, description="L2 penalty of the readouts")
+    penalties: list[Number] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
+    penalty_taps: list[str] = Field(description="taps of that comparison, at the first, middle and last encoder")
+    penalty_epochs: int = Field(ge=2, description="epochs of its readouts; half as many show what is still moving")
+    threshold: Threshold = Field(description="a field above this share of the node's maximum counts")
+    threshold_sweep: list[Threshold] = Field(description="thresholds for the sweep of notebook 02")
+    prune_thresholds: list[Threshold] = Field(min_length=1, description="thresholds of the dilution sweep")
+    prune_once: list[Literal["attention", "classifier"]] = Field(description="pruned beside the FF layers (first seed)")
+    prune_draws: int = Field(ge=1, description="random and permuted masks at each dilution")
+    retrain_thresholds: list[Threshold] = Field(description="which of prune_thresholds are retrained")
+    retrain_epochs: int = Field(ge=1, description="epochs of the short retraining")
+    retrain_lr: Number = Field(gt=0, description="largest learning rate of the short retraining")
+    many_heads: list[Annotated[int, Field(ge=1)]] = Field(description="numbers of heads that are compared (none: [])")
+    permutations: int = Field(ge=1, description="draws of the null for head specialisation")
+    minutes: int = Field(ge=1, description="time limit of each notebook")
+
+
+def profiles() -> list[str]:
+    """Names of the profiles, as used on the command line."""
+    return sorted(path.stem for path in (root() / "notebooks" / "profiles").glob("*.yaml"))
+
+
+def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settings:
+    """Read a profile and replace single values; raises ValueError, in one sentence, for whatever does not fit."""
+    if profile not in profiles():
+        raise ValueError(f"unknown profile {profile!r}{_hint(profile, profiles())}: use one of {', '.join(profiles())}")
+    path = root() / "notebooks" / "profiles" / f"{profile}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = Settings.model_validate({**values, **(changes or {})})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"unknown parameter {name!r}{_hint(name, list(Settings.model_fields))}") from None
+        if first["type"] == "missing":
+            raise ValueError(f"{path.name} gives no value for {name!r}") from None
+        raise ValueError(
+            f"parameter {name!r}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+        ) from None
+    if not {"attn", "block"} <= set(settings.taps):
+        raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
+    data.check_name(_located(settings.data))
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
+    kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
+    with training.seeded(0):  # finds a wrong model, number of heads or tap
+        taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), kinds)
+    parse_vgg(settings.cnn)
+    check_references(settings)
+    odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
+    if odd:
+        raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
+    return settings
+
+
+def reference_name(settings: Settings, seed: int) -> str:
+    """What the committed network of these settings is called."""
+    return f"{settings.data}-{settings.image_size}-{settings.model}-seed{seed}"
+
+
+def check_references(settings: Settings) -> None:
+    """Raise ValueError if a walk that starts from committed networks asks for one that does not exist, or was trained
+    otherwise."""
+    for seed in settings.seeds if settings.weights == "reference" else ():
+        name = reference_name(settings, seed)
+        for part, value in reference.card(name)["recipe"].items():
+            if getattr(settings, part) != value:
+                raise ValueError(
+                    f"{name} was trained with {part}={value}, not {getattr(settings, part)}: "
+                    "add weights=trained to train anew"
+                )
+
+
+def changes_of(assignments: list[str]) -> dict[str, Any]:
+    """What --set name=value ... replaces; ValueError for what is not of that form."""
+    changes = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r} is not of the form NAME=VALUE")
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"--set {name}: {value!r} is not a value: write a number, a word or a list like [0, 1]"
+            ) from None
+    return changes
+
+
+def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
+    """Check the settings, load the data, and open (or make) the folders of a run. Raises ValueError or OSError."""
+    settings = load_settings(profile, changes)
+    images = data.limit(data.load(_located(settings.data), folder_of("data"), settings.image_size), settings.limit)
+    committed = root() / "figures" / profile / "stages"
+    run = Run(profile, settings, images, folder_of("runs") / profile, folder_of("figures") / profile, committed)
+    for folder in (run.folder, run.figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def card(settings: Settings) -> pd.DataFrame:
+    """Every setting of a run: name, value, meaning."""
+    rows = [(name, str(getattr(settings, name)), field.description) for name, field in Settings.model_fields.items()]
+    return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
+
+
+def open_committed(profile: str, stages: Path | None = None) -> Run:
+    """The run behind figures/<profile>/summary.json without its images: finished stages only, from `stages` (default:
+    the committed ones)."""
+    figures = folder_of("figures") / profile
+    summary = json.loads((figures / "summary.json").read_text(encoding="utf-8"))
+    settings = load_settings(profile, summary["config"])
+    nothing = torch.zeros(0)
+    images = data.Images(summary["data"]["name"], *[nothing] * 4, tuple(summary["data"]["classes"]))
+    stages = stages or root() / "figures" / profile / "stages"
+    return Run(profile, settings, images, folder_of("runs") / profile, figures, stages, summary["data"]["sha256"])
+
+
+def _located(name: str) -> str:
+    """A data set's name, with the path of folder:<path> counted from the project, wherever a notebook runs."""
+    return f"folder:{root() / Path(name.removeprefix('folder:')).expanduser()}" if name.startswith("folder:") else name
+
+
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _float_or_same(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
