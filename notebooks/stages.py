@@ -302,9 +302,9 @@ def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
 def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of one node of the last encoder, the one whose number of labels is nearest to the tap's median among
     those with a cluster of two or more, and its field matrix as a table."""
-    examples = _examples(run, seed, kind)
-    chosen = examples.table("examples").query("which == 'typical'").iloc[-1]
-    field = examples.arrays("fields")[f"{chosen.encoder}/typical"]
+    found = examples(run, seed, kind)
+    chosen = found.table("examples").query("which == 'typical'").iloc[-1]
+    field = found.arrays("fields")[f"{chosen.encoder}/typical"]
     boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
     place = f"encoder {chosen.encoder}, {kind}, node {chosen.node}, seed {seed}"
     clusters, name = snp.label_clusters(boolean), run.images.name
@@ -313,8 +313,8 @@ def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
 
 def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     """A figure of typical and extreme nodes of the first, middle and last encoder, and which nodes they are."""
-    examples = _examples(run, seed, kind)
-    table, fields, panels = examples.table("examples"), examples.arrays("fields"), {}
+    found = examples(run, seed, kind)
+    table, fields, panels = found.table("examples"), found.arrays("fields"), {}
     for row in table.itertuples():
         field = fields[f"{row.encoder}/{row.which}"]
         boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
@@ -322,7 +322,7 @@ def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     return figures.node_gallery(panels, run.images.name, f"{kind}, seed {seed}"), table
 
 
-def _examples(run: Run, seed: int, kind: str) -> Artefact:
+def examples(run: Run, seed: int, kind: str) -> Artefact:
     """Stage: typical and extreme nodes of one kind of tap at the first, middle and last encoder, trained network.
     examples.csv: which nodes; fields: encoder/which -> (L, L)."""
     source = readout(run, seed, "trained")
@@ -333,7 +333,7 @@ def _examples(run: Run, seed: int, kind: str) -> Artefact:
         for encoder in sorted({1, (len(found) + 1) // 2, len(found)}):
             along = fields[found[encoder]]
             nodes = snp.node_statistics(snp.boolean_matrices(along, run.settings.threshold))
-            for what, node in _chosen_nodes(nodes).items():
+            for what, node in chosen_nodes(nodes).items():
                 kept[f"{encoder}/{what}"] = along[node].clone()
                 numbers = {name: int(getattr(nodes, name)[node]) for name in nodes.__dataclass_fields__}
                 rows.append({"encoder": encoder, "tap": kind, "which": what, "node": node, **numbers})
@@ -343,13 +343,34 @@ def _examples(run: Run, seed: int, kind: str) -> Artefact:
     return run.stage(f"examples-{kind}-seed{seed}", 1, run.config("threshold"), {"readouts": source.sha256}, make)
 
 
-def _chosen_nodes(nodes: snp.NodeStatistics) -> dict[str, int]:
+def chosen_nodes(nodes: snp.NodeStatistics) -> dict[str, int]:
     """A typical node (labels nearest to the median, among those with a cluster of two or more) and extreme ones."""
     distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
     largest = nodes.labels.float() / nodes.clusters.clamp(min=1)
     chosen = {"typical": distance.argmin(), "fewest labels": nodes.labels.where(nodes.labels > 0, 10**6).argmin()}
     chosen |= {"most labels": nodes.labels.argmax(), "largest clusters": largest.argmax()}
     return {what: int(node) for what, node in chosen.items()}
+
+
+def driving_images(run: Run, seed: int) -> Artefact:
+    """Stage: which test images drive a node, those with the largest field of the node alone for any label. images: tap
+    -> (D, 4) int64, the strongest first."""
+    source = readout(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        places, weights = taps.places(network, run.settings.taps), source.tensors("weights")
+        weights = {place.name: weights[place.name].to(images.x_test.device) for place in places}
+        strength: dict[str, list[Tensor]] = {place.name: [] for place in places}
+        for batch, _ in _batches(network, places, images.x_test, images.y_test, images):
+            for name, parts in strength.items():
+                parts.append(macroscopic.node_fields(batch[name], weights[name]).amax(dim=2))
+        found = {name: torch.cat(parts, dim=1).topk(4).indices for name, parts in strength.items()}
+        save_arrays(folder / "images.npz", found)
+
+    config = run.config("taps") | {"seed": seed}
+    return run.stage(f"driving-images-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
 
 
 def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import papermill
 import parameters
+import report
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if failed:
             break
     print(_table(times, failed, figures))
+    if not failed:
+        print(f"report: {report.write(options.profile)}")
     return 1 if failed else 0
 
 

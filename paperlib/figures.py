@@ -46,7 +46,7 @@ def examples(images: Images, labels: int = 20) -> Figure:
                 first = x[(y == int(label)).nonzero()[0, 0]]
                 axes[row, column].imshow(first.permute(1, 2, 0).numpy())
                 axes[row, column].axis("off")
-            axes[0, column].set_title(_plain(images.classes[label])[:12], fontsize=7)
+            axes[0, column].set_title(plain(images.classes[label])[:12], fontsize=7)
         figure.suptitle("training images above, test images below", fontsize=8)
         plt.close(figure)
         return figure
@@ -235,7 +235,7 @@ def node_matrix(
         shown = max(sum(map(len, clusters)) + 5, 12)
         axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
         _frame(axes[1], clusters)
-        names = [_plain(classes[label]) for label in order[:shown]]
+        names = [plain(classes[label]) for label in order[:shown]]
         axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
         axes[1].set_yticks(range(shown), names, fontsize=7)
         axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
@@ -250,7 +250,7 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
-        intact = (table.accuracy + table.loss).mean()
+        intact = (table.accuracy + table.loss)[table.images == table.images.max()].mean()
         for axis, layers in zip(axes[0], parts, strict=True):
             axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
             for method, colour in METHOD_COLOURS.items():
@@ -278,7 +278,7 @@ def head_map(labels: pd.DataFrame, classes: tuple[str, ...], data: str, encoder:
         figure, axis = plt.subplots(figsize=(11, 1.1 + 0.32 * len(counts)))
         image = axis.imshow(counts[order].to_numpy(), aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axis, label="nodes", pad=0.01)
-        ticks = axis.set_xticks(range(len(order)), [_plain(classes[label]) for label in order], rotation=90, fontsize=6)
+        ticks = axis.set_xticks(range(len(order)), [plain(classes[label]) for label in order], rotation=90, fontsize=6)
         for tick, label in zip(ticks, order, strict=True):
             if label in owned.index:
                 tick.label1.set_color(COLOURS[int(owned.loc[label, "head"]) % len(COLOURS)])
@@ -418,7 +418,7 @@ def _owner_key(owned: pd.DataFrame, label: int) -> tuple:
     return (int(owned.loc[label, "head"]), -int(owned.loc[label, "count"]), label)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A class name as matplotlib should draw it: dollar signs are text, not mathematics."""
     return name.replace("$", r"\$")
 

@@ -50,5 +50,6 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
     assert regenerate.main([profile, "--stages", str(folders / "runs" / profile / "stages")]) == 0
+    assert (folders / "runs" / profile / "report.html").stat().st_size > 1e6
     text = capsys.readouterr().out
     assert "05_cnn_counterpart" in text and str(figures) in text and "failed" not in text

@@ -1,0 +1,148 @@
+"""One page per run: verdicts, figures with captions, tables, run card, deviations; self-contained, for any browser.
+
+python notebooks/report.py PROFILE
+
+Reads figures/<profile>/ and writes runs/<profile>/report.html; `./run_all.sh` does so at the end of a walk. The page
+asks for nothing from outside, runs no script, and shows names from data as text.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from pathlib import Path
+
+import jinja2
+import mistune
+import pandas as pd
+import parameters
+from store_outputs import CLAIMS
+
+from paperlib import runs
+
+EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
+# figure -> (claim or notebook, what it shows, against which null)
+CAPTIONS = {
+    "learning_curve": ("01", "Training loss and test accuracy of the CCT, epoch by epoch.", "Dotted: chance."),
+    "snr_per_encoder": (
+        "C2, C3",
+        "Accuracy of linear readouts (left) and raw signal-to-noise ratio of single nodes (right) along the encoders.",
+        "Dashed: the same network with random weights, its readouts trained alike. Dotted: SNR of exchangeable labels.",
+    ),
+    "threshold_sweep": ("C3", "SNR of `block` for several thresholds of Boolean matrices.", "Dashed: random weights."),
+    "node_distributions": (
+        "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
+        "The random network beside the trained one.",
+    ),
+    "penalties": (
+        "C3", "Readout accuracy, SNR, centred SNR and offset share for several L2 penalties; faint: half the epochs.",
+        "Dashed: random weights. First seed.",
+    ),
+    "node": ("C2", "Field matrix and Boolean matrix of a typical node of the last encoder; clusters framed.", ""),
+    "node_gallery": ("C2", "Typical and extreme nodes of three encoders, labels ordered by cluster.", ""),
+    "predicted_accuracies": (
+        "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
+        "A curve that knows the number of nodes only.",
+    ),
+    "accuracy_against_dilution": (
+        "C4", "Test accuracy against the share of pruned connections; diamonds: after a short retraining.",
+        "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
+    ),
+    "head_map": ("C5", "How many nodes of each head recognise each label; labels ordered by owner.", ""),
+    "head_experts": (
+        "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost by "
+        "silencing each head on each owner's labels.", "",
+    ),
+    "head_specialisation": (
+        "C5", "Excess specialisation of heads, and accuracy lost on own and on other labels when a head is silenced.",
+        "Nodes permuted among heads; random weights; owners dealt at random.",
+    ),
+    "cooperation": (
+        "C5", "Accuracy of random sets of nodes within one head and across heads.",
+        "Dotted: the sum of what the single nodes give.",
+    ),
+    "attention_maps": ("C5", "Attention received by each token, for images of a head's own labels and of others.", ""),
+    "more_heads": ("C5", "Specialisation and ablation for other numbers of heads.", "Nodes permuted among heads."),
+    "cnn_learning_curve": ("05", "Training loss and test accuracy of the CNN, epoch by epoch.", "Dotted: chance."),
+    "two_halves": (
+        "C1", "The CCT's encoders and the CNN's layers on one axis of relative depth.", "Dashed: random weights.",
+    ),
+    "cnn_accuracy_against_dilution": (
+        "C4", "Test accuracy of the CNN against the share of pruned connections between filters.",
+        "Random, permuted, magnitude and activation masks of equal dilution.",
+    ),
+}  # fmt: skip
+
+
+def page(profile: str, folder: Path) -> str:
+    """The report of the run whose figures and summary.json are in the folder, as HTML."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    found = {path.stem for path in folder.glob("*.png")}
+    figures = [
+        {"name": name, "claim": claim, "text": text, "null": null, "image": _uri(folder / f"{name}.png", "image/png"),
+         "table": _table(folder / f"{name}.csv")}
+        for name, (claim, text, null) in CAPTIONS.items() if name in found
+    ]  # fmt: skip
+    if missing := found - set(CAPTIONS):
+        raise ValueError(f"no caption for the figure {sorted(missing)[0]}: add it to CAPTIONS")
+    settings = parameters.load_settings(profile, summary["config"])
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
+        figures=figures,
+        card=[
+            (name, value, settings_field.description)
+            for (name, value), settings_field in zip(
+                settings.model_dump().items(), parameters.Settings.model_fields.values(), strict=True
+            )
+        ],
+        hours=sum(summary["seconds"].values()) / 3600,
+        verdict_csv=_data("text/csv", pd.DataFrame(summary["verdicts"]).to_csv(index=False).encode()),
+        deviations=mistune.create_markdown(escape=True, plugins=["table"])(
+            (runs.root() / "docs" / "deviations.md").read_text(encoding="utf-8")
+        ),
+    )
+
+
+def write(profile: str) -> Path:
+    """Write runs/<profile>/report.html and return its path."""
+    path = runs.folder_of("runs") / profile / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(path, page(profile, runs.folder_of("figures") / profile))
+    return path
+
+
+def _table(path: Path) -> dict:
+    """A download of a CSV file, or its name where it is large."""
+    size = path.stat().st_size
+    return {
+        "name": path.name,
+        "kilobytes": round(size / 1000),
+        "href": _uri(path, "text/csv") if size <= EMBEDDED_BYTES else None,
+    }
+
+
+def _uri(path: Path, kind: str) -> str:
+    return _data(kind, path.read_bytes())
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", choices=parameters.profiles())
+    try:
+        print(write(parser.parse_args(arguments).profile))
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The report: complete, self-contained, and deaf to what names from outside say."""
+
+import json
+import re
+import shutil
+
+import pytest
+import report
+
+from paperlib import runs
+
+HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(runs.root() / "figures" / "quick", tmp_path / "quick")
+
+
+def test_the_report_has_every_figure_table_and_setting(folder):
+    html = report.page("quick", folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert html.count("<figure") == len(list(folder.glob("*.png"))) == html.count('download="') - 1
+    for name in summary["config"]:
+        assert f"<td>{name}</td>" in html
+    for row in summary["verdicts"]:
+        assert row["verdict"] in html
+    assert "Choices" in html and "Unknown" in html and "demonstration" in html
+
+
+def test_the_report_asks_for_nothing_from_outside(folder):
+    html = report.page("quick", folder)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|docs/|speed\.md|https://)[^"']*""", html)
+    assert not re.findall(r"""src=["']https?:""", html) and "<script" not in html
+
+
+def test_hostile_names_are_text(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["data"]["name"] = summary["verdicts"][0]["statistic"] = HOSTILE
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = report.page("quick", folder)
+    assert "<script" not in html and '<img src="https' not in html and "&lt;script&gt;" in html
+
+
+def test_a_figure_without_a_caption_is_refused(folder, refuses):
+    (folder / "new.png").write_bytes(b"")
+    with refuses("no caption for the figure new"):
+        report.page("quick", folder)
+
+
+def test_a_missing_run_is_one_sentence(folders, capsys):
+    assert report.main(["quick"]) == 2
+    assert "summary.json" in capsys.readouterr().err
