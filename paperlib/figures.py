@@ -194,7 +194,7 @@ def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], 
     rows, columns = (list(dict.fromkeys(key[part] for key in panels)) for part in (0, 1))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         size = (1 + 1.4 * len(columns), 0.3 + 1.4 * len(rows))
-        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, dpi=72)
         for (row, column), (field, clusters) in panels.items():
             axis = axes[rows.index(row), columns.index(column)]
             order = _by_cluster(clusters, len(field))
