@@ -1,0 +1,103 @@
+"""Plants faults in the science, one at a time, and asks whether the tests notice.
+
+python tests/planted_faults.py [NUMBER ...]
+
+Each fault replaces one piece of code in a copy of the project and runs the test files named with it. Exit code 1 if a
+fault goes unnoticed. All of them take about 4 minutes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# (module, code, what replaces it, test files that should notice, what would be wrong)
+FAULTS = [
+    ("snp", "class_means.permute(2, 0, 1), readout_weight", "readout_weight.permute(2, 0, 1), readout_weight", "snp",
+     "fields of weights instead of activations"),
+    ("snp", "maximum.where(maximum > 0, torch.inf)", "fields.abs().amax(dim=(1, 2), keepdim=True)", "snp",
+     "threshold relative to the largest size, not the maximum"),
+    ("snp", "torch.inf)) > threshold", "torch.inf)) >= threshold", "snp", "threshold not strict"),
+    ("snp", "mutual = booleans & booleans.transpose(1, 2)", "mutual = booleans", "snp",
+     "one-way confusion joins labels"),
+    ("snp", "internal = (sizes * (sizes - 1))", "internal = (sizes * sizes)", "snp", "diagonal counted as noise"),
+    ("snp", "ones - labels - internal", "ones - internal", "snp", "signal counted as external noise"),
+    ("snp", "pairs = num_labels * (num_labels - 1)", "pairs = num_labels * num_labels", "snp", "noise over L^2 pairs"),
+    ("snp", "pooled_cluster_size=_quotient(labels, clusters)", "pooled_cluster_size=_quotient(labels, count)", "snp",
+     "labels per node called cluster size"),
+    ("snp", "offset = fields.mean(dim=1", "offset = fields.mean(dim=2", "snp", "offset over outputs, not inputs"),
+    ("snp", "return sums / counts.view(-1, 1, 1)", "return sums / counts.float().mean()", "snp readouts",
+     "class means wrong for unequal numbers of images"),
+    ("readouts", 'group["rate"] * schedule', '0 * group["rate"] * schedule', "readouts", "readouts do not learn"),
+    ("readouts", "weight.detach() / scales[name]", "weight.detach() * scales[name]", "readouts", "RMS not absorbed"),
+    ("readouts", "fields = heads.sum(dim=1)", "fields = heads[:, 0]", "readouts", "the first head speaks for all"),
+    ("taps", '"attn": ("self_attn.proj", "input")', '"attn": ("self_attn.proj", "output")', "readouts models",
+     "heads recorded after they are mixed"),
+    ("taps", "return activation.flatten(2).transpose(1, 2)", "return activation.flatten(2)", "readouts",
+     "pixels taken for filters"),
+    ("andc", "labels_out.float() @ labels_in.float().T > 0", "labels_out.float() @ labels_in.float().T > 1", "andc",
+     "two shared labels needed"),
+    ("andc", "score.flatten().topk(int(mask.sum())).indices",
+     "score.flatten().topk(int(mask.sum()), largest=False).indices", "andc", "controls keep the smallest"),
+    ("andc", "return 1 - sum(int(mask.sum())", "return sum(int(mask.sum())", "andc", "kept called dilution"),
+    ("andc", "~(reached & heard)", "~(reached | heard)", "andc", "nodes with one dead side kept"),
+    ("andc", "block.activation(block.linear1.bias) * gone", "block.linear1.bias * gone", "andc",
+     "constants folded without the activation"),
+    ("heads", "return _by_head(booleans.diagonal(dim1=1, dim2=2), num_heads).sum(dim=1)",
+     "return _by_head(booleans.any(dim=1), num_heads).sum(dim=1)", "heads", "any answer counts as recognition"),
+    ("heads", "dealt = head[torch.rand(64, nodes, generator=generator).argsort(dim=1)]",
+     "dealt = head[None].expand(64, -1)", "heads", "the null is the observation"),
+    ("heads", "own = slice(head * width, (head + 1) * width)", "own = slice(0, width)", "heads",
+     "head 0 always silenced"),
+    ("heads", "intact.int() - ablated.int()", "ablated.int() - intact.int()", "heads", "losses with the wrong sign"),
+    ("heads", "return attention_map(q, k).mean(dim=2)", "return attention_map(q, k).mean(dim=3)", "heads",
+     "attention given, not received"),
+    ("macroscopic", "(square - mean.square()).clamp(min=0)", "square", "macroscopic", "second moment called variance"),
+    ("macroscopic", "low = middle  # too good: more noise", "high = middle", "macroscopic", "factor never found"),
+    ("muon", "0.2 * max(shape) ** 0.5", "0.2 * min(shape) ** 0.5", "muon", "steps scaled by the shorter side"),
+    ("training", "generator(seed, \"batches\", epoch)", "generator(seed, \"batches\")", "training",
+     "every epoch in the same order"),
+]  # fmt: skip
+
+
+def noticed(fault: tuple) -> bool:
+    """Whether the tests fail with the fault in place; ValueError if the code is not there to be replaced."""
+    module, code, wrong, tests, _ = fault
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("paperlib", "tests", "notebooks", "pyproject.toml"):
+            source = ROOT / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, Path(folder) / part)
+        path = Path(folder) / "paperlib" / f"{module}.py"
+        text = path.read_text(encoding="utf-8")
+        if text.count(code) != 1:
+            raise ValueError(f"{module}.py has {code!r} {text.count(code)} times")
+        path.write_text(text.replace(code, wrong), encoding="utf-8")
+        files = [f"tests/test_{name}.py" for name in tests.split()]
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise ValueError(f"the tests could not run: {done.stdout[-500:]}")
+        return done.returncode == 1
+
+
+def main() -> int:
+    chosen = [int(number) for number in sys.argv[1:]] or range(len(FAULTS))
+    missed = 0
+    for number in chosen:
+        found = noticed(FAULTS[number])
+        missed += not found
+        print(
+            f"{number:2} {'noticed' if found else 'NOT NOTICED':12} {FAULTS[number][0]}: {FAULTS[number][4]}",
+            flush=True,
+        )
+    print(f"{missed} of {len(chosen)} faults not noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
