@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from paperlib import data, models, taps, training
+from paperlib.files import reading
 from paperlib.models import reference
 from paperlib.models.vgg import parse as parse_vgg
 from paperlib.runs import Run, folder_of, root
@@ -20,12 +21,13 @@ Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
+Penalty = Annotated[Number, Field(ge=0)]
 
 
 class Settings(BaseModel):
     """Every parameter of a walk. A profile gives each of them a value; there are no defaults elsewhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     data: str = Field(description="data set: glyphs100, cifar100, flowers102 or folder:<path>")
     image_size: int = Field(ge=8, le=1024, description="side of the images in pixels")
@@ -58,14 +60,14 @@ class Settings(BaseModel):
         description="of the network in training steps; auto: bf16 where it is fast"
     )
     max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
-    held_out: Share = Field(description="share of the training images that readouts never see (they decide masks)")
+    held_out: Threshold = Field(description="share of the training images that readouts never see (they decide masks)")
     taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")
     taps_once: list[str] = Field(description="further taps, measured for the first seed only")
     readout_epochs: int = Field(ge=1, description="epochs of readout training")
     readout_batch_size: int = Field(ge=1, description="images in a readout step")
     readout_lr: Number = Field(gt=0, description="learning rate of a readout, times the root of its features")
-    readout_l2: Number = Field(ge=0, description="L2 penalty of the readouts")
-    penalties: list[Number] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
+    readout_l2: Penalty = Field(description="L2 penalty of the readouts")
+    penalties: list[Penalty] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
     penalty_taps: list[str] = Field(description="taps of that comparison, at the first, middle and last encoder")
     penalty_epochs: int = Field(ge=2, description="epochs of its readouts; half as many show what is still moving")
     threshold: Threshold = Field(description="a field above this share of the node's maximum counts")
@@ -78,7 +80,7 @@ class Settings(BaseModel):
     retrain_lr: Number = Field(gt=0, description="largest learning rate of the short retraining")
     many_heads: list[Annotated[int, Field(ge=1)]] = Field(description="numbers of heads that are compared (none: [])")
     permutations: int = Field(ge=1, description="draws of the null for head specialisation")
-    minutes: int = Field(ge=1, description="time limit of each notebook")
+    minutes: int = Field(ge=1, le=1_000_000, description="time limit of each notebook")
 
 
 def profiles() -> list[str]:
@@ -91,7 +93,8 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
     if profile not in profiles():
         raise ValueError(f"unknown profile {profile!r}{_hint(profile, profiles())}: use one of {', '.join(profiles())}")
     path = root() / "notebooks" / "profiles" / f"{profile}.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    with reading(path, "write plain YAML, one NAME: VALUE a line"):
+        values = {**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
     try:
         settings = Settings.model_validate({**values, **(changes or {})})
     except ValidationError as error:
@@ -111,8 +114,9 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
         raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
     kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
     with training.seeded(0):  # finds a wrong model, number of heads or tap
-        taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=settings.heads or None), kinds)
-    parse_vgg(settings.cnn)
+        for heads in (settings.heads or None, *settings.many_heads):
+            taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=heads), kinds)
+    parse_vgg(settings.cnn, settings.image_size)
     check_references(settings)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
@@ -130,12 +134,33 @@ def check_references(settings: Settings) -> None:
     otherwise."""
     for seed in settings.seeds if settings.weights == "reference" else ():
         name = reference_name(settings, seed)
-        for part, value in reference.card(name)["recipe"].items():
-            if getattr(settings, part) != value:
+        card = reference.card(name)
+        for part, value in (card["recipe"] | card["cct_options"]).items():
+            if getattr(settings, part) != (value or 0):  # heads: None in a card, 0 in a profile
                 raise ValueError(
                     f"{name} was trained with {part}={value}, not {getattr(settings, part)}: "
                     "add weights=trained to train anew"
                 )
+
+
+def check_data(settings: Settings, images: data.Images) -> None:
+    """Raise ValueError if the committed networks were trained on other images than these."""
+    sha256 = images.sha256
+    for name in (reference_name(settings, seed) for seed in settings.seeds):
+        if reference.card(name)["data_sha256"] != sha256:
+            raise ValueError(f"{name} was trained on another {settings.data}: add weights=trained to train anew")
+
+
+def check_batches(settings: Settings, images: int) -> None:
+    """Raise ValueError if a training step of the CNN would have one image that it shrinks to one pixel: batch norm
+    needs two values."""
+    steps = -(-images // settings.batch_size)
+    whole = steps <= (settings.max_steps or steps)
+    if settings.image_size < 32 and whole and (settings.batch_size == 1 or images % settings.batch_size == 1):
+        raise ValueError(
+            f"parameter 'batch_size': {settings.batch_size} leaves one of {images} training images alone in its step, "
+            f"which the CNN cannot take at {settings.image_size} pixels: take another batch_size or limit"
+        )
 
 
 def changes_of(assignments: list[str]) -> dict[str, Any]:
@@ -147,7 +172,7 @@ def changes_of(assignments: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set {text!r} is not of the form NAME=VALUE")
         try:
             changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except Exception:  # yaml's own errors, and whatever its tags !!int, !!bool, !!timestamp raise
             raise ValueError(
                 f"--set {name}: {value!r} is not a value: write a number, a word or a list like [0, 1]"
             ) from None
@@ -157,11 +182,19 @@ def changes_of(assignments: list[str]) -> dict[str, Any]:
 def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     """Check the settings, load the data, and open (or make) the folders of a run. Raises ValueError or OSError."""
     settings = load_settings(profile, changes)
-    images = data.limit(data.load(_located(settings.data), folder_of("data"), settings.image_size), settings.limit)
+    images = data.load(_located(settings.data), folder_of("data"), settings.image_size)
+    if settings.weights == "reference":
+        check_data(settings, images)
+    images = data.limit(images, settings.limit)
+    data.held_out(images.y_train, settings.held_out)  # finds a label with too few images
+    check_batches(settings, len(images.x_train))
     committed = root() / "figures" / profile / "stages"
     run = Run(profile, settings, images, folder_of("runs") / profile, folder_of("figures") / profile, committed)
-    for folder in (run.folder, run.figures):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder, kind in ((run.folder, "RUNS"), (run.figures, "FIGURES")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder} cannot be made ({error.strerror}): set PAPERLIB_{kind} elsewhere") from error
     return run
 
 

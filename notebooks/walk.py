@@ -25,14 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _list()
     try:
         changes = parameters.changes_of(options.set)
-        settings = parameters.load_settings(options.profile, changes)
         notebooks = _chosen(options.start, options.only)
+        settings = parameters.open_run(options.profile, changes).settings  # the data too, before a notebook starts
     except (ValueError, OSError) as error:
         print(f"run_all: {error}", file=sys.stderr)
         return 2
     os.environ["PAPERLIB_HEADLESS"] = "1"
     folder, figures = (runs.folder_of(kind) / options.profile for kind in ("runs", "figures"))
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"profile {options.profile}: {len(notebooks)} notebooks; executed copies in {folder}, figures in {figures}")
     times, failed = {}, None
     for notebook in notebooks:
@@ -42,9 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         times[notebook.stem] = time.time() - start
         if failed:
             break
-    print(_table(times, failed, figures))
-    if not failed:
-        print(f"report: {report.write(options.profile)}")
+    try:
+        print(_table(times, failed, figures))
+        if not failed:
+            print(f"report: {report.write(options.profile)}")
+    except (ValueError, OSError) as error:
+        print(f"run_all: {error}", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 
@@ -78,6 +81,8 @@ def _chosen(start: str | None, only: str | None) -> list[Path]:
         if number not in notebooks:
             raise ValueError(f"there is no notebook {number!r}: use one of {', '.join(notebooks)}")
     first = start.zfill(2) if start else ""
+    if wanted and max(wanted) < first:
+        raise ValueError(f"--from {start} leaves none of --only {only}: take one of the two")
     return [path for number, path in notebooks.items() if number >= first and (not wanted or number in wanted)]
 
 
@@ -104,6 +109,8 @@ def _execute(notebook: Path, folder: Path, figures: Path, profile: str, changes:
         return "its kernel died, most likely for lack of memory"
     except TimeoutError:
         return f"stopped after the profile's time limit of {minutes} minutes: raise it with --set minutes=..."
+    except OSError as error:  # papermill could not write the executed copy
+        return f"{folder / notebook.name} was not written ({error}): make room for it, and start again"
     if not summary.exists() or summary.stat().st_mtime_ns == before:
         return f"it ended without writing {summary}"
     return None

@@ -5,8 +5,6 @@ torchvision is imported where it is needed: the import takes seconds, and a cach
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from paperlib import files, glyphs
@@ -116,6 +114,8 @@ def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     At least one image a label goes to each side. On Flowers-102 and 0.5 the held-out images are the official
     validation split.
     """
+    if not 0 < fraction < 1:
+        raise ValueError(f"held_out must be above 0 and below 1, so that each side has images, not {fraction}")
     order, rank, counts = _ranked(labels)
     if counts.min() < 2:
         raise ValueError(f"label {counts.argmin()} has one training image, but two are needed: one of them is held out")
@@ -170,7 +170,8 @@ def augmented_batches(
 
 def _images(name: str, x_train, y_train, x_test, y_test, classes) -> Images:
     """NHWC uint8 arrays and labels -> Images, after checking that they are a usable data set."""
-    classes = tuple(str(label) for label in classes)
+    # A folder's name need not be valid UTF-8, but a file that names it must be.
+    classes = tuple(str(label).encode(errors="replace").decode() for label in classes)
     side, tensors = np.shape(x_train)[1:2], []
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         x, y = np.asarray(x), np.asarray(y)
@@ -234,9 +235,10 @@ def _flowers102(root: Path, image_size: int) -> tuple:
             f"Flowers-102 could not be downloaded ({error}); put jpg/, imagelabels.mat and setid.mat into "
             f"{root / 'flowers-102'} by hand, or name the folder above it in PAPERLIB_DATA"
         ) from error
-    arrays = []
+    arrays, folder = [], root / "flowers-102"
     for parts in ((train, validation), (test,)):
-        pairs = [(_square(image, image_size), label) for part in parts for image, label in part]  # small at once
+        with files.reading(folder, "delete this folder, and it is downloaded again"):
+            pairs = [(_square(image, image_size), label) for part in parts for image, label in part]  # small at once
         arrays += [np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])]
     return *arrays, train.classes
 
@@ -244,25 +246,23 @@ def _flowers102(root: Path, image_size: int) -> tuple:
 def _folder(path: Path, image_size: int) -> tuple:
     from torchvision.datasets import ImageFolder
 
-    arrays, names = [], []
+    datasets = []
     for part in ("train", "test"):
-        try:
-            dataset = ImageFolder(path / part)
-        except FileNotFoundError as error:
-            raise ValueError(f"folder:{path}: {str(error).splitlines()[0]}") from error
-        images = []
-        for file, _ in dataset.samples:
-            try:
-                images.append(_square(Image.open(file), image_size))
-            except (OSError, UnidentifiedImageError) as error:
-                raise ValueError(f"{file} is not a readable image: remove or replace it") from error
-        arrays += [np.stack(images), np.array(dataset.targets)]
-        names.append(dataset.classes)
+        with files.reading(path / part, "each label needs a folder with at least one image"):
+            datasets.append(ImageFolder(path / part))
+    names = [dataset.classes for dataset in datasets]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))
         raise ValueError(f"folder:{path}: train/ and test/ must have the same labels; only one of them has {odd[:5]}")
     if len(names[0]) < 2:
         raise ValueError(f"folder:{path} has one label only: at least 2 are needed")
+    arrays = []
+    for dataset in datasets:
+        images = []
+        for file, _ in dataset.samples:
+            with files.reading(Path(file), "remove or replace this image"):
+                images.append(_square(Image.open(file), image_size))
+        arrays += [np.stack(images), np.array(dataset.targets)]
     # Files of a folder are sorted by name; a fixed shuffle keeps "the last images of a label" a fair sample.
     order = np.random.default_rng(0).permutation(len(arrays[1]))
     return arrays[0][order], arrays[1][order], arrays[2], arrays[3], names[0]
@@ -272,6 +272,8 @@ def _square(image: Image.Image, side: int) -> np.ndarray:
     """PIL image -> (side, side, 3) uint8: the shorter side resized, the centre kept; alpha is laid on black."""
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nobody knows black and white")
     if image.mode.startswith("I"):  # 16- and 32-bit grey, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
@@ -290,13 +292,10 @@ def _cached(name: str, cache: Path, make) -> Images:
             with files.whole(cache) as file:
                 np.savez_compressed(file, **dict(zip(keys, arrays, strict=True)))
         except OSError as error:
-            print(f"{cache} was not written ({error}): the images will be decoded again next time")
+            print(f"{error}; the images will be decoded again next time")
         return _images(name, *arrays)
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
-    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{cache} is not a usable data cache ({error}): delete it, and it is made anew") from error
+    with files.reading(cache, "delete it, and it is made anew"), np.load(cache, allow_pickle=False) as file:
+        arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
     return _images(name, *arrays)
 
 

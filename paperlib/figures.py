@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from paperlib import files
 from paperlib.data import EMBEDDED, Images
 
 # Okabe-Ito colours, distinguishable for colour-blind readers.
@@ -30,8 +31,10 @@ def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure
     dates = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     with plt.rc_context(STYLE):
         for kind, metadata in dates.items():
-            figure.savefig(folder / f"{name}.{kind}", metadata=metadata)
-    table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+            with files.whole(folder / f"{name}.{kind}") as file:
+                figure.savefig(file, format=kind, metadata=metadata)
+    with files.whole(folder / f"{name}.csv") as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())
     plt.close(figure)
     return figure
 
@@ -418,9 +421,10 @@ def _owner_key(owned: pd.DataFrame, label: int) -> tuple:
     return (int(owned.loc[label, "head"]), -int(owned.loc[label, "count"]), label)
 
 
-def plain(name: str) -> str:
-    """A class name as matplotlib should draw it: dollar signs are text, not mathematics."""
-    return name.replace("$", r"\$")
+def plain(name: str, longest: int = 40) -> str:
+    """A name as matplotlib should draw it: one line, not endless, and dollar signs are text, not mathematics."""
+    shown = "".join(character if character.isprintable() else " " for character in name)
+    return (shown if len(shown) <= longest else shown[: longest - 1] + "…").replace("$", r"\$")
 
 
 def _stamped(figure: Figure, title: str, data: str) -> Figure:
@@ -428,5 +432,5 @@ def _stamped(figure: Figure, title: str, data: str) -> Figure:
         if axis.get_xlabel() in ("encoder", "epoch"):
             axis.xaxis.get_major_locator().set_params(integer=True)
     suffix = " — demonstration, not evidence" if data in EMBEDDED else ""
-    figure.suptitle(title + suffix, fontsize=9)
+    figure.suptitle(plain(title + suffix, 200), fontsize=9)
     return figure

@@ -1,15 +1,17 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what cannot be read or written in one sentence."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its name only when it is complete and on the disk."""
+    """A file to write to, which takes its name only when it is complete and on the disk; OSError where it is not."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as file:
@@ -17,5 +19,19 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path} was not written ({reason}), what was there before stays: make room for it") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may not even be one
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path, way_out: str) -> Iterator[None]:
+    """Whatever a damaged or foreign file makes a library raise in the block becomes a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # zipfile, zlib, pickle, PIL, safetensors and JSON raise some twenty kinds
+        reason = str(error).split(". ")[0].split("\n")[0].rstrip(":") or type(error).__name__
+        raise ValueError(f"{path} cannot be used ({reason}): {way_out}") from error

@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from paperlib import data, files, training
 
+ANEW = "restore it, or remove it, and it is made anew"
+
 
 def root() -> Path:
     """The project: the folder with pyproject.toml and notebooks/ at or above the working directory, else around the
@@ -61,7 +63,8 @@ class Artefact:
 
     def arrays(self, name: str) -> dict[str, torch.Tensor]:
         """What `save_arrays` wrote."""
-        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
+        path = self.folder / f"{name}.npz"
+        with files.reading(path, ANEW), np.load(path, allow_pickle=False) as file:
             arrays = {key: torch.from_numpy(file[key]) for key in file}
         shapes = {key: arrays.pop(f"{key}:shape").tolist() for key in list(arrays) if f"{key}:shape" in arrays}
         for key, shape in shapes.items():
@@ -71,7 +74,8 @@ class Artefact:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         whole = self if (self.folder / f"{name}.safetensors").exists() or not self.remade else self.remade()
-        return load_file(whole.folder / f"{name}.safetensors")
+        with files.reading(whole.folder / f"{name}.safetensors", ANEW):
+            return load_file(whole.folder / f"{name}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Run:
         done = self.committed / name / key / "stage.json" if self.committed else None
         if not done or not done.exists():
             return None
-        finished = json.loads(done.read_text(encoding="utf-8"))
+        finished = read_json(done)
         small = {file: sha256 for file, sha256 in finished["outputs"].items() if not is_large(file)}
         if _hashes(done.parent, small) != small:
             raise ValueError(f"{done.parent}: files do not fit their stage.json: restore them, or remove the folder")
@@ -155,7 +159,7 @@ class Run:
         if not done.exists():
             self.log(f"{record['stage']}: {_reason(folder, record)}")
             return None
-        finished = json.loads(done.read_text(encoding="utf-8"))
+        finished = read_json(done)
         if _hashes(folder, finished["outputs"]) != finished["outputs"]:
             done.unlink()
             self.log(f"{record['stage']}: computed again, its files were changed from outside")
@@ -183,7 +187,7 @@ class Run:
         """
         path = self.figures / "summary.json"
         config = self.settings.model_dump()
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        old = read_json(path) if path.exists() else {}
         if old.get("config") != config or old.get("data", {}).get("sha256") != self.data_sha256:
             old = {}
         claims = {verdict["claim"] for verdict in verdicts}
@@ -201,6 +205,12 @@ class Run:
             "verdicts": sorted(kept + verdicts, key=lambda verdict: verdict["claim"]),
         }
         write_text(path, json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_text` wrote as JSON; ValueError if it is damaged."""
+    with files.reading(path, ANEW):
+        return {**json.loads(path.read_text(encoding="utf-8"))}
 
 
 def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -285,7 +295,7 @@ def _reason(folder: Path, record: dict) -> str:
     siblings = sorted(folder.parent.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
     if not siblings:
         return "computed for the first time"
-    last = json.loads(siblings[-1].read_text())
+    last = read_json(siblings[-1])
     if last["version"] != record["version"]:
         return f"computed again, the stage's version changed ({last['version']} -> {record['version']})"
     for part, word in (("config", ""), ("inputs", "input ")):

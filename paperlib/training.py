@@ -129,7 +129,7 @@ def train(
     precision, the last one in fp32), seconds. With `checkpoint`, the state is saved after each epoch (written whole or
     not at all) and a later call with the same recipe and seed goes on from there: every random number derives from
     (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one. Raises ValueError for a
-    checkpoint of another recipe, FloatingPointError with the step at which the loss stopped being finite (the last good
+    checkpoint that does not fit, FloatingPointError with the step at which the loss stopped being finite (the last good
     checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its share of each batch; rank 0's
     checkpoint counts.
     """
@@ -145,14 +145,17 @@ def train(
     curve: list[dict] = []
     saved = None
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with files.reading(checkpoint, "delete it to train anew"):
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    pixels = [len(data.x_train), *mean.flatten().tolist(), *std.flatten().tolist()]  # tell data sets apart
     if (saved := distributed.share(saved)) is not None:
-        if saved["recipe"] != asdict(recipe) or saved["seed"] != seed:
-            raise ValueError(f"{checkpoint} was written by another recipe or seed: delete it to train anew")
-        network.load_state_dict(saved["network"])
-        for part, state in zip(parts, saved["optimizers"], strict=True):
-            part.load_state_dict(state)
-        curve = saved["curve"]
+        with files.reading(checkpoint, "delete it to train anew"):
+            if (saved["recipe"], saved["seed"], saved.get("pixels", pixels)) != (asdict(recipe), seed, pixels):
+                raise ValueError("it was written by another recipe or seed, or with other images")
+            network.load_state_dict(saved["network"])
+            for part, state in zip(parts, saved["optimizers"], strict=True):
+                part.load_state_dict(state)
+            curve = saved["curve"]
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
     parallel = distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
@@ -192,7 +195,7 @@ def train(
         curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
-            state = {"recipe": asdict(recipe), "seed": seed, "curve": curve}
+            state = {"recipe": asdict(recipe), "seed": seed, "pixels": pixels, "curve": curve}
             state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}
             with files.whole(checkpoint) as file:
                 torch.save(state, file)

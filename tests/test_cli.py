@@ -1,5 +1,6 @@
 """./run_all.sh: wrong arguments are one sentence and exit code 2, before anything runs."""
 
+import re
 import subprocess
 import sys
 
@@ -71,12 +72,25 @@ def test_numbers_without_a_dot_are_numbers():
 
 
 def test_a_failing_notebook_gives_exit_code_1_and_its_reason(folders):
-    """For real, in a process of its own: CIFAR-100 without the data and, through a dead proxy, without network."""
-    arguments = [sys.executable, "notebooks/walk.py", "cifar100-cpu", "--only", "1"]
-    environment = {"https_proxy": "http://127.0.0.1:9", "PATH": "/usr/bin:/bin", "HOME": str(folders)}
+    """For real, in a process of its own: a learning rate at which training diverges."""
+    arguments = [sys.executable, "notebooks/walk.py", "quick", "--only", "1"]
+    arguments += ["--set", "lr=1.0e+30", "epochs=1", "max_steps=3"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(runs.root())}
     environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "FIGURES", "DATA")}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=runs.root(), timeout=300)
     assert done.returncode == 1
     assert "01_train_cct failed" in done.stdout
-    assert "cifar100.npz" in done.stdout  # says what to put where
-    assert (folders / "runs" / "cifar100-cpu" / "01_train_cct.ipynb").exists()
+    assert re.search("training diverged at step [1-3] of epoch 1: lower lr", done.stdout)
+    assert (folders / "runs" / "quick" / "01_train_cct.ipynb").exists()
+
+
+def test_wrong_data_are_named_before_a_notebook_runs(folders):
+    """For real, in a process of its own: CIFAR-100 without the data and, through a dead proxy, without network."""
+    arguments = [sys.executable, "notebooks/walk.py", "cifar100-cpu", "--only", "1"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(runs.root())}
+    environment |= {"https_proxy": "http://127.0.0.1:9"}
+    environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "FIGURES", "DATA")}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=runs.root(), timeout=300)
+    assert done.returncode == 2
+    assert "cifar100.npz" in done.stderr  # says what to put where
+    assert not (folders / "runs").exists()

@@ -12,4 +12,6 @@ from paperlib.models.vgg import vgg as vgg
 
 def build(name: str, num_classes: int, image_size: int, **cct_options: Any) -> nn.Module:
     """A `cct_...` or `vgg_...` by its name, with freshly drawn weights; the options are those of `cct` alone."""
-    return vgg(name, num_classes) if name.startswith("vgg") else cct(name, num_classes, image_size, **cct_options)
+    if name.startswith("vgg"):
+        return vgg(name, num_classes, image_size)
+    return cct(name, num_classes, image_size, **cct_options)

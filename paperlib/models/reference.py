@@ -14,7 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from paperlib import files
+
 FOLDER = Path(__file__).parent / "references"
+RESTORE = "restore the committed file, or remove it"
 
 
 def references() -> list[str]:
@@ -33,8 +36,12 @@ def path_of(name: str) -> Path:
 
 def card(name: str) -> dict[str, Any]:
     """A reference's card; see the head of this module."""
-    with safe_open(path_of(name), "pt") as file:
-        return json.loads(file.metadata()["card"])
+    path = path_of(name)
+    with files.reading(path, RESTORE), safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["card"])
+        if missing := {"model", "num_classes", "image_size", "cct_options", "recipe", "data_sha256"} - facts.keys():
+            raise ValueError(f"its card does not tell {', '.join(sorted(missing))}")
+        return facts
 
 
 def sha256(name: str) -> str:
@@ -44,14 +51,14 @@ def sha256(name: str) -> str:
 
 def load_reference(name: str) -> nn.Module:
     """A committed network in evaluation mode, fp32, on the CPU: images normalised by its card's mean and std (channels
-    in 0..1) -> logits (B, num_classes). Raises ValueError for an unknown name.
+    in 0..1) -> logits (B, num_classes). Raises ValueError for an unknown name or an unusable file.
 
     The weights are the half-precision numbers of the file, so everybody measures the same network.
     """
     from paperlib.models import build
 
-    facts = card(name)
-    network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
-    with safe_open(path_of(name), "pt") as file:
+    facts, path = card(name), path_of(name)
+    with files.reading(path, RESTORE), safe_open(path, "pt") as file:
+        network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
         network.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
     return network.to(memory_format=torch.channels_last).eval()

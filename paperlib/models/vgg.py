@@ -11,21 +11,25 @@ from torch import nn
 CONFIGURATIONS = {"11": "A", "13": "B", "16": "D", "19": "E"}  # weight layers -> name in torchvision
 
 
-def parse(name: str) -> tuple[str, int]:
-    """`vgg_<layers>x<filters>` -> (layers, filters); ValueError for a name that gives no such network."""
+def parse(name: str, image_size: int = 16) -> tuple[str, int]:
+    """`vgg_<layers>x<filters>` -> (layers, filters); ValueError for a name that gives no such network, or images that
+    are too small for it."""
     match = re.fullmatch(r"vgg_(\d+)x(\d+)", name)
     if not match or match[1] not in CONFIGURATIONS or int(match[2]) < 1:
         raise ValueError(f"unknown model {name!r}: use vgg_<layers>x<filters> with layers in 11, 13, 16, 19")
+    if image_size < 16:
+        raise ValueError(f"{name} halves images four times: image_size must be at least 16, not {image_size}")
     return match[1], int(match[2])
 
 
-def vgg(name: str, num_classes: int) -> nn.Sequential:
+def vgg(name: str, num_classes: int, image_size: int = 16) -> nn.Sequential:
     """Build `vgg_<layers>x<filters>` with freshly drawn weights: images (B, 3, S, S) -> logits (B, num_classes).
+    image_size is only checked: any from 16 will do.
 
     layers is 11, 13, 16 or 19; filters is the number of filters in the first layer (64 in the published networks;
     later layers have up to 8 times as many). Convolutions are drawn as torchvision's, Kaiming over the outputs.
     """
-    layers, filters = parse(name)
+    layers, filters = parse(name, image_size)
     from torchvision.models.vgg import cfgs, make_layers  # here, because the import takes seconds
 
     # Without the last pooling: the mean over pixels takes its place, and 16 to 31 pixels are not too few.
