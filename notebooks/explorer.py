@@ -36,7 +36,9 @@ def live() -> bool:
 def known_fields(run: Run, seed: int) -> dict[str, dict[int, Tensor]]:
     """Tap name -> node -> field matrix (L, L): all nodes measured for every seed, or the examples."""
     source = stages.readout(run, seed, "trained")
-    if (source.folder / "fields_test.safetensors").exists():
+    # a committed stage has no large files, but they may have been made again
+    folders = (source.folder, run.folder / "stages" / source.folder.parent.name / source.folder.name)
+    if any((folder / "fields_test.safetensors").exists() for folder in folders):
         fields = source.tensors("fields_test")
         return {tap: dict(enumerate(part)) for tap, part in fields.items() if tap.split(".")[1] in run.settings.taps}
     found: dict[str, dict[int, Tensor]] = {}
@@ -90,7 +92,7 @@ def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor], bytes]:
             frames.append(axis.add_collection(PatchCollection(boxes, fc="none", ec=COLOURS[1], lw=1)))
         middle.set(xlim=(-0.5, shown - 0.5), ylim=(shown - 0.5, -0.5))
         left.set(xlim=(-0.5, labels - 0.5), ylim=(labels - 0.5, -0.5))
-        for axis, picture, number in zip(small, pictures, drivers.tolist(), strict=True):
+        for axis, picture, number in zip(small, pictures, drivers.tolist(), strict=False):
             picture.set_data(images.x_test[number].permute(1, 2, 0).numpy())
             axis.set_title(plain(images.classes[images.y_test[number]][:14]), fontsize=7)
         return _png(canvas)

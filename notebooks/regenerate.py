@@ -1,9 +1,9 @@
-"""The verdicts anew, from committed results alone: no images, no network, no training.
+"""The verdicts anew, from committed results alone: no images, no training.
 
 python notebooks/regenerate.py PROFILE [--stages FOLDER]
 
-Statistics of nodes are computed again from the Boolean matrices, verdicts from the tables of the stages; both are
-compared with what is committed. Exit code 1 if anything differs.
+Statistics of the CCTs' nodes are computed again from their Boolean matrices, verdicts from the tables of the stages;
+both are compared with what is committed. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import stages
 import verdicts
 
 from paperlib import snp
-from paperlib.runs import Run
+from paperlib.runs import Run, read_json
 
 
 def all_verdicts(run: Run) -> list[dict]:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"regenerate: {error}", file=sys.stderr)
         return 2
-    committed = json.loads((run.figures / "summary.json").read_text(encoding="utf-8"))["verdicts"]
+    committed = read_json(run.figures / "summary.json")["verdicts"]
     print(verdicts.table(rows).to_string())
     same = json.loads(json.dumps(rows)) == committed
     print(f"\n{'the same' if same else 'NOT the same'} as summary.json; {different} nodes differ from their matrices")

@@ -8,7 +8,7 @@ asks for nothing from outside, runs no script, and shows names from data as text
 
 import argparse
 import base64
-import json
+import re
 import sys
 from pathlib import Path
 
@@ -21,54 +21,65 @@ from store_outputs import CLAIMS
 from paperlib import runs
 
 EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
-# figure -> (claim or notebook, what it shows, against which null)
+FIRST_SEED = {"penalties", "node", "node_gallery", "head_map", "attention_maps"}  # figures of the first seed only
+# figure -> (notebook, claim, what it shows, against which null)
 CAPTIONS = {
-    "learning_curve": ("01", "Training loss and test accuracy of the CCT, epoch by epoch.", "Dotted: chance."),
+    "learning_curve": ("01", "", "Training loss and test accuracy of the CCT, epoch by epoch.", "Dotted: chance."),
     "snr_per_encoder": (
-        "C2, C3",
+        "02", "C2, C3",
         "Accuracy of linear readouts (left) and raw signal-to-noise ratio of single nodes (right) along the encoders.",
         "Dashed: the same network with random weights, its readouts trained alike. Dotted: SNR of exchangeable labels.",
     ),
-    "threshold_sweep": ("C3", "SNR of `block` for several thresholds of Boolean matrices.", "Dashed: random weights."),
+    "threshold_sweep": (
+        "02", "C3", "SNR of `block` for several thresholds of the Boolean matrices.", "Dashed: random weights.",
+    ),
     "node_distributions": (
-        "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
+        "02", "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
         "The random network beside the trained one.",
     ),
     "penalties": (
-        "C3", "Readout accuracy, SNR, centred SNR and offset share for several L2 penalties; faint: half the epochs.",
-        "Dashed: random weights. First seed.",
+        "02", "C3",
+        "Readout accuracy, SNR, centred SNR and offset share for several L2 penalties; faint: after half the epochs.",
+        "Dashed: random weights.",
     ),
-    "node": ("C2", "Field matrix and Boolean matrix of a typical node of the last encoder; clusters framed.", ""),
-    "node_gallery": ("C2", "Typical and extreme nodes of three encoders, labels ordered by cluster.", ""),
+    "node": ("02", "C2", "Field and Boolean matrix of a typical node of the last encoder; clusters framed.", ""),
+    "node_gallery": (
+        "02", "C2", "Typical and extreme nodes of three encoders, labels ordered by cluster, clusters framed.", "",
+    ),
     "predicted_accuracies": (
-        "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
+        "02", "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
         "A curve that knows the number of nodes only.",
     ),
     "accuracy_against_dilution": (
-        "C4", "Test accuracy against the share of pruned connections; diamonds: after a short retraining.",
+        "03", "C4", "Test accuracy against the share of pruned connections; diamonds: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
-    "head_map": ("C5", "How many nodes of each head recognise each label; labels ordered by owner.", ""),
+    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner.", ""),
     "head_experts": (
-        "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost by "
-        "silencing each head on each owner's labels.", "",
+        "04", "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost "
+        "by silencing each head on each owner's labels.", "",
     ),
     "head_specialisation": (
-        "C5", "Excess specialisation of heads, and accuracy lost on own and on other labels when a head is silenced.",
+        "04", "C5",
+        "Excess specialisation of heads, and accuracy lost on own and on other labels when a head is silenced.",
         "Nodes permuted among heads; random weights; owners dealt at random.",
     ),
     "cooperation": (
-        "C5", "Accuracy of random sets of nodes within one head and across heads.",
+        "04", "C5", "Accuracy of random sets of nodes within one head and across heads.",
         "Dotted: the sum of what the single nodes give.",
     ),
-    "attention_maps": ("C5", "Attention received by each token, for images of a head's own labels and of others.", ""),
-    "more_heads": ("C5", "Specialisation and ablation for other numbers of heads.", "Nodes permuted among heads."),
-    "cnn_learning_curve": ("05", "Training loss and test accuracy of the CNN, epoch by epoch.", "Dotted: chance."),
+    "attention_maps": (
+        "04", "C5", "Attention received by each token, for images of a head's own labels and of others.", "",
+    ),
+    "more_heads": (
+        "04", "C5", "Specialisation and ablation for other numbers of heads.", "Nodes permuted among heads.",
+    ),
+    "cnn_learning_curve": ("05", "", "Training loss and test accuracy of the CNN, epoch by epoch.", "Dotted: chance."),
     "two_halves": (
-        "C1", "The CCT's encoders and the CNN's layers on one axis of relative depth.", "Dashed: random weights.",
+        "05", "C1", "The CCT's encoders and the CNN's layers on one axis of relative depth.", "Dashed: random weights.",
     ),
     "cnn_accuracy_against_dilution": (
-        "C4", "Test accuracy of the CNN against the share of pruned connections between filters.",
+        "05", "C4", "Test accuracy of the CNN against the share of pruned connections between filters.",
         "Random, permuted, magnitude and activation masks of equal dilution.",
     ),
 }  # fmt: skip
@@ -76,15 +87,16 @@ CAPTIONS = {
 
 def page(profile: str, folder: Path) -> str:
     """The report of the run whose figures and summary.json are in the folder, as HTML."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = runs.read_json(folder / "summary.json")
     found = {path.stem for path in folder.glob("*.png")}
-    figures = [
-        {"name": name, "claim": claim, "text": text, "null": null, "image": _uri(folder / f"{name}.png", "image/png"),
-         "table": _table(folder / f"{name}.csv")}
-        for name, (claim, text, null) in CAPTIONS.items() if name in found
-    ]  # fmt: skip
     if missing := found - set(CAPTIONS):
         raise ValueError(f"no caption for the figure {sorted(missing)[0]}: add it to CAPTIONS")
+    walked = {name[:2] for name in summary["results"]}  # figures of other notebooks may be of other settings
+    figures = [
+        {"name": name, "claim": claim, "text": text, "null": null, "image": _uri(folder / f"{name}.png", "image/png"),
+         "table": _table(folder / f"{name}.csv"), "n": 1 if name in FIRST_SEED else len(summary["seeds"])}
+        for name, (notebook, claim, text, null) in CAPTIONS.items() if name in found and notebook in walked
+    ]  # fmt: skip
     settings = parameters.load_settings(profile, summary["config"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -101,9 +113,7 @@ def page(profile: str, folder: Path) -> str:
         ],
         hours=sum(summary["seconds"].values()) / 3600,
         verdict_csv=_data("text/csv", pd.DataFrame(summary["verdicts"]).to_csv(index=False).encode()),
-        deviations=mistune.create_markdown(escape=True, plugins=["table"])(
-            (runs.root() / "docs" / "deviations.md").read_text(encoding="utf-8")
-        ),
+        deviations=_html(runs.root() / "docs" / "deviations.md"),
     )
 
 
@@ -123,6 +133,12 @@ def _table(path: Path) -> dict:
         "kilobytes": round(size / 1000),
         "href": _uri(path, "text/csv") if size <= EMBEDDED_BYTES else None,
     }
+
+
+def _html(page: Path) -> str:
+    """A page of the documentation, without its links to other pages, which the reader of a report does not have."""
+    text = re.sub(r"\[([^\]]+)\]\((?!https:)[^)]*\)", r"\1", page.read_text(encoding="utf-8"))
+    return mistune.create_markdown(escape=True, plugins=["table"])(text)
 
 
 def _uri(path: Path, kind: str) -> str:

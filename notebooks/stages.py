@@ -287,7 +287,7 @@ TAP_COLUMNS = [
 ]  # fmt: skip
 HEAD_COLUMNS = [
     "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
-    "gap_null_high", "mean_gap",
+    "gap_null_high", "first_mean_gap",
 ]  # fmt: skip
 
 
@@ -366,7 +366,8 @@ def driving_images(run: Run, seed: int) -> Artefact:
         for batch, _ in _batches(network, places, images.x_test, images.y_test, images):
             for name, parts in strength.items():
                 parts.append(macroscopic.node_fields(batch[name], weights[name]).amax(dim=2))
-        found = {name: torch.cat(parts, dim=1).topk(4).indices for name, parts in strength.items()}
+        most = min(4, len(images.y_test))
+        found = {name: torch.cat(parts, dim=1).topk(most).indices for name, parts in strength.items()}
         save_arrays(folder / "images.npz", found)
 
     config = run.config("taps") | {"seed": seed}
@@ -383,7 +384,8 @@ def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     *_, booleans = (found[tap] for tap in sorted(found, key=_encoder) if tap.endswith(".block"))
     classes = run.images.classes
     pairs, groups = snp.clustered_pairs(booleans), superclasses(classes)
-    top = pairs.triu().flatten().topk(10).indices
+    top = pairs.triu().flatten().topk(min(10, pairs.numel())).indices
+    top = top[pairs.flatten()[top] > 0]
     rows = [{"label": classes[i // len(classes)], "other": classes[i % len(classes)]} for i in top.tolist()]
     table = pd.DataFrame(rows).assign(nodes=pairs.flatten()[top].tolist())
     generator = training.generator(0, "label permutations")
@@ -444,7 +446,8 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
         unseen, y_unseen = images.x_train[held], images.y_train[held]
         shares = images.y_test.bincount() / len(images.y_test)
         places = taps.cct_taps(network, ["block"])
-        weights = {place.name: source.tensors("weights")[place.name].to(shares.device) for place in places}
+        read = source.tensors("weights")
+        weights = {place.name: read[place.name].to(shares.device) for place in places}
         nodes = next(iter(weights.values())).shape[2]
         sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
         subsets = {
@@ -557,7 +560,7 @@ def label_sets(run: Run, seed: int) -> Artefact:
 
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
-    source = label_sets(run, seed)
+    source, first = readout(run, seed, "trained"), seed == s.seeds[0]
     network, inputs = load_network(run, seed, "trained")
     again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
 
@@ -566,16 +569,17 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         intact = _right_answers(network, images)
         parameters, macs = sum(p.numel() for p in network.parameters()), _macs(network, images.x_test[:1])
         rows = []
-        for method, draw, masks in _masks(run, network, images, source, seed, layers, threshold):
+        for method, draw, masks in _masks(run, network, images, label_sets(run, seed), seed, layers, threshold):
             pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
             row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
             weights, products = andc.savings(masks, network, images.x_test[:1].float())
             row |= {"dilution": andc.dilution(masks), "parameters": parameters - weights, "macs": macs - products}
             row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
-            part = slice(draw, None, s.prune_draws) if method in DRAWN else slice(None)
+            draws = min(s.prune_draws, len(images.y_test))
+            part = slice(draw % draws, None, draws) if method in DRAWN else slice(None)
             row |= {"images": len(intact[part])} | _loss("", intact[part], _right_answers(pruned, images, part))
             retrained = None
-            if again and draw == 0 and (seed == s.seeds[0] or method in ("andc", "random")):
+            if again and draw == 0 and (first or method in ("andc", "random")):
                 short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
                 training.train(pruned, images, short, seed, folder / f"{method}.pt", log=lambda line: None)
                 retrained = _right_answers(pruned, images)
@@ -583,10 +587,10 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         run.log(f"pruning {layers} at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
-    config = run.config(*TRAINING, *PRUNING)
-    config |= {"seed": seed, "layers": layers, "threshold": threshold, "retrain": again}
-    inputs |= {"label sets": source.sha256}
-    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 2, config, inputs, make)
+    config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
+    config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
+    inputs |= {"readouts": source.sha256}
+    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 3, config, inputs, make)
 
 
 def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):
@@ -636,10 +640,10 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
     label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
     network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
-    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`), mean_gap
-    (with the head's nodes at their training mean instead of 0; first seed), gap_null_high (97.5 % of gaps with owners
-    dealt to other labels). Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the
-    null, and over test images; gap_null_high of the mean over encoders.
+    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`),
+    first_mean_gap (first seed only: with the head's nodes at their training mean instead of 0), gap_null_high (97.5 %
+    of gaps with owners dealt to other labels). Third: seed, network, excess, gap with their 95 % intervals
+    (excess_low, ...): over the null, and over test images; gap_null_high of the mean over encoders.
     """
     both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
     tables = ("labels", "encoders", "overall")
@@ -652,7 +656,7 @@ def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
 
 
 def _heads(run: Run, seed: int, kind: str) -> Artefact:
-    right, source = readout(run, seed, kind), matrices(run, seed, kind)
+    right, source, first = readout(run, seed, kind), matrices(run, seed, kind), seed == run.settings.seeds[0]
     network, inputs = load_network(run, seed, kind)
     inputs |= {"answers": right.sha256, "matrices": source.sha256}
 
@@ -664,7 +668,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         if kind == "trained":
             images = run.images.to(training.best_device())
             intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
-            if seed == s.seeds[0]:
+            if first:
                 averaged = _ablations(network, images, _means(network, images)).cpu()
         label_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
@@ -694,11 +698,11 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 generator = training.generator(seed, "dealt owners", encoder)
                 dealt.append(heads.dealt_gaps(drop, labels, owned.owner, s.permutations, generator))
                 summary["gap_null_high"] = interval(dealt[-1])[1]
-                summary["mean_gap"] = math.nan
+                summary["first_mean_gap"] = math.nan
                 if averaged is not None:
                     softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owned.owner)
                     mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
-                    summary["mean_gap"] = mine - other
+                    summary["first_mean_gap"] = mine - other
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
@@ -718,8 +722,8 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             overall["gap_null_high"] = interval(torch.stack(dealt).mean(dim=0))[1]
         save_table(folder / "overall.csv", [overall])
 
-    config = run.config("threshold", "permutations") | {"seed": seed}
-    return run.stage(f"heads-{kind}-seed{seed}", 3, config, inputs, make)
+    config = run.config("threshold", "permutations") | {"seed": seed, "first": first}
+    return run.stage(f"heads-{kind}-seed{seed}", 4, config, inputs, make)
 
 
 def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:
@@ -753,7 +757,8 @@ def _cooperation(run: Run, seed: int) -> Artefact:
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
         places, chance, rows = taps.cct_taps(network, ["attn"]), 1 / len(images.classes), []
-        weights = {place.name: source.tensors("weights")[place.name].to(images.x_test.device) for place in places}
+        read = source.tensors("weights")
+        weights = {place.name: read[place.name].to(images.x_test.device) for place in places}
         described, subsets = {}, {}
         for place in places:
             nodes, width = weights[place.name].shape[2], weights[place.name].shape[2] // place.heads
@@ -831,7 +836,9 @@ def more_heads(run: Run) -> pd.DataFrame:
     rows = []
     for count in run.settings.many_heads:
         other = replace(
-            run, settings=run.settings.model_copy(update={"heads": count, "taps_once": []}), prefix=f"{count}-heads-"
+            run,
+            settings=run.settings.model_copy(update={"heads": count, "taps_once": [], "weights": "trained"}),
+            prefix=f"{count}-heads-",
         )
         _, _, overall = head_division(other)
         accuracies = learning_curves(other).groupby("seed").test_accuracy.last()

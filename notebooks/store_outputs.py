@@ -3,13 +3,12 @@
 python notebooks/store_outputs.py [PROFILE]
 
 quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
-with other cells or parameters are refused. Other profiles: the small files of the run's stages are copied to
-figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of verdicts
-are made anew from the profiles' summary.json.
+with other cells or parameters are refused. Other profiles: the small files of the stages that summary.json names are
+copied to figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of
+verdicts are made anew from the profiles' summary.json.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -79,28 +78,38 @@ def store_notebooks(root: Path) -> None:
         nbformat.write(notebook, path)
 
 
-def store_stages(stages: Path, target: Path) -> None:
-    """The small files of the latest finished artefact of every stage but training; what is committed already stays."""
-    for place in sorted(path for path in stages.iterdir() if "train-seed" not in path.name):
-        finished = sorted(place.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
-        if not finished:
-            continue
-        copy = target / place.name / finished[-1].parent.name
+def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
+    """The small files of the stages that a summary names (stage -> key), from a run or from what is committed already;
+    others are removed."""
+    for place in target.glob("*/*"):
+        if used.get(place.parent.name) != place.name:
+            shutil.rmtree(place)
+    for name, key in used.items():
+        made, copy = stages / name / key, target / name / key
         if not copy.exists():
-            shutil.rmtree(copy.parent, ignore_errors=True)
-            large = [path.name for path in finished[-1].parent.iterdir() if runs.is_large(path.name)]
-            shutil.copytree(finished[-1].parent, copy, ignore=shutil.ignore_patterns(*large))
+            if not (made / "stage.json").exists():
+                raise ValueError(f"{made} is not there: run the walk again")
+            large = [path.name for path in made.iterdir() if runs.is_large(path.name)]
+            shutil.copytree(made, copy, ignore=shutil.ignore_patterns(*large))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
     profile, root = parser.parse_args(arguments).profile, runs.root()
-    if profile == "quick":
-        store_notebooks(root)
-    else:
-        store_stages(runs.folder_of("runs") / profile / "stages", root / "figures" / profile / "stages")
-    summary = json.loads((root / "figures" / profile / "summary.json").read_text(encoding="utf-8"))
+    figures = runs.folder_of("figures") / profile
+    if figures != root / "figures" / profile:
+        sys.exit(f"store_outputs: the figures are in {figures}: unset PAPERLIB_FIGURES and run the walk again")
+    try:
+        summary = runs.read_json(figures / "summary.json")
+        if profile == "quick":
+            store_notebooks(root)
+        elif summary["config"]["weights"] != "reference":
+            raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
+        else:
+            store_stages(summary["stages"], runs.folder_of("runs") / profile / "stages", figures / "stages")
+    except ValueError as error:
+        sys.exit(f"store_outputs: {error}")
     page = root / "README.md"
     text = page.read_text(encoding="utf-8")
     if MARKS[0].format(profile) in text:

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "LOCAL_RANK" not in os.environ:
             raise ValueError("start this with torchrun --nproc-per-node <devices>, see the README")
         changes = parameters.changes_of(options.set)
-        parameters.load_settings(options.profile, changes)
+        if parameters.load_settings(options.profile, changes).weights == "reference":
+            raise ValueError("the profile starts from committed networks: add weights=trained to train anew")
     except (ValueError, OSError) as error:
         print(f"train_distributed: {error}", file=sys.stderr)
         return 2

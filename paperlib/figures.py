@@ -247,19 +247,22 @@ def node_matrix(
 
 
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy against dilution, ANDC and its controls, one panel for each pruned part; open symbols after the short
-    retraining (`stages.pruning`)."""
+    """Accuracy against dilution, ANDC and its controls, one panel for each pruned part, bars: spread of the loss over
+    seeds; open symbols after the short retraining (`stages.pruning`)."""
     parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
-        intact = (table.accuracy + table.loss)[table.images == table.images.max()].mean()
+        whole = table[table.method == "andc"]  # scored on all test images
         for axis, layers in zip(axes[0], parts, strict=True):
+            intact = (whole.accuracy + whole.loss)[whole.layers == layers].groupby(whole.seed).mean().mean()
             axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
             for method, colour in METHOD_COLOURS.items():
-                part = table[(table.method == method) & (table.layers == layers)].groupby("threshold")
-                mean = part[["dilution", "accuracy", "retrained_accuracy"]].mean().sort_values("dilution")
-                spread = 100 * part.accuracy.std().reindex(mean.index).fillna(0)
+                part = table[(table.method == method) & (table.layers == layers)]
+                columns = ["dilution", "accuracy", "retrained_accuracy", "loss"]
+                by_seed = part.groupby(["threshold", "seed"])[columns].mean().groupby("threshold")
+                mean = by_seed.mean().sort_values("dilution")
+                spread = 100 * by_seed.loss.std().reindex(mean.index).fillna(0)
                 style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
                 axis.errorbar(mean.dilution, 100 * mean.accuracy, spread, **style)
                 axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
@@ -296,7 +299,7 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     lost on each owner's labels by each head's ablation. One encoder, all seeds (`stages.head_division`)."""
     part = labels[(labels.encoder == encoder) & (labels.network == "trained")]
     ranked = part.sort_values("count", ascending=False).groupby(["seed", "label"])["count"]
-    margins = ranked.nth(0).to_numpy() - ranked.nth(1).to_numpy()
+    margins = ranked.nth(0).to_numpy() - (ranked.nth(1).to_numpy() if part["head"].nunique() > 1 else 0)
     own = part[part.owner].set_index(["seed", "label"])
     others = part[~part.owner].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
     owner = part.merge(own["head"].rename("owned_by"), left_on=["seed", "label"], right_index=True)

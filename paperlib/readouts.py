@@ -16,7 +16,7 @@ from paperlib.training import autocast, generator, progress, schedule
 
 @dataclass(frozen=True)
 class ReadoutRecipe:
-    """How readouts are trained; every field has its unit in `runs.Settings`. A tap's learning rate is lr over the
+    """How readouts are trained; every field has its unit in `parameters.Settings`. A tap's learning rate is lr over the
     square root of its number of features, as the weights are, so that taps of any size learn alike."""
 
     epochs: int

@@ -93,6 +93,7 @@ class Run:
     prefix: str = ""  # of its stages' names, for a walk within a walk
     finished: dict[str, "Artefact"] = field(default_factory=dict)  # stages of this process, by folder
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> how long it took when it was computed
+    remade: list[str] = field(default_factory=list)  # stages whose large files differ from the committed ones
 
     @cached_property
     def data_sha256(self) -> str:
@@ -135,6 +136,7 @@ class Run:
             whole = remake()
             if whole.sha256 != finished["sha256"]:
                 self.log(f"{name}: not bit for bit the committed one (another kind of machine?)")
+                self.remade.append(name)
             return whole
 
         return Artefact(done.parent, finished["sha256"], finished["seconds"], remade=cache(remade))
@@ -177,6 +179,7 @@ class Run:
         sha256 = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
         seconds = round(time.monotonic() - start, 2)
         record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "revision": revision()}
+        record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
         return Artefact(folder, sha256, seconds, fresh=True)
 
@@ -199,6 +202,7 @@ class Run:
             "environment": environment(),
             "device": str(training.best_device()),
             "seconds": {**old.get("seconds", {}), **self.seconds},
+            "stages": {**old.get("stages", {}), **{path.parent.name: path.name for path in map(Path, self.finished)}},
             "data": {"name": self.images.name, "sha256": self.data_sha256, "classes": self.images.classes},
             "revision": revision(),
             "results": {**old.get("results", {}), notebook: results},

@@ -28,7 +28,7 @@ torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained; every field has its unit in `runs.Settings`."""
+    """How a network is trained; every field has its unit in `parameters.Settings`."""
 
     epochs: int
     batch_size: int

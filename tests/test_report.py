@@ -30,7 +30,7 @@ def test_the_report_has_every_figure_table_and_setting(folder):
 
 def test_the_report_asks_for_nothing_from_outside(folder):
     html = report.page("quick", folder)
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|docs/|speed\.md|https://)[^"']*""", html)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|https://)[^"']*""", html)
     assert not re.findall(r"""src=["']https?:""", html) and "<script" not in html
 
 
@@ -46,6 +46,23 @@ def test_a_figure_without_a_caption_is_refused(folder, refuses):
     (folder / "new.png").write_bytes(b"")
     with refuses("no caption for the figure new"):
         report.page("quick", folder)
+
+
+def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(folder):
+    """They may have been made with other settings."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["results"] = {"01_train_cct": summary["results"]["01_train_cct"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert re.findall(r'<figure id="(\w+)"', report.page("quick", folder)) == ["learning_curve"]
+
+
+def test_figures_of_the_first_seed_say_so(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["seeds"] = [0, 1, 2]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = report.page("quick", folder)
+    assert html.count("n = 1 (first seed).") == len(report.FIRST_SEED)
+    assert html.count("n = 3.") == html.count("<figure") - len(report.FIRST_SEED)
 
 
 def test_a_missing_run_is_one_sentence(folders, capsys):

@@ -157,7 +157,9 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     summary = json.loads((run.figures / "summary.json").read_text())
     assert summary["results"] == {"01": {"a": 1}, "02": {"b": 3}}
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
-    assert " ".join(summary) == ("profile config seeds environment device seconds data revision results verdicts")
+    assert " ".join(summary) == (
+        "profile config seeds environment device seconds stages data revision results verdicts"
+    )
     assert set(summary["data"]) == {"name", "sha256", "classes"}
     other = parameters.load_settings("quick", {"epochs": run.settings.epochs + 1})
     runs.Run("quick", other, run.images, run.folder, run.figures).record("03", {}, [])

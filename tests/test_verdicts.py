@@ -279,3 +279,33 @@ def test_cnn_and_transformer_must_agree(curve, word):
     rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L)
     assert [row["verdict"] for row in rows] == [word, word] and all(row["claim"] == "C1" for row in rows)
     assert rows[0]["effect"] == pytest.approx(min(0.3, (curve[-1] - curve[0]) / 10), abs=1e-3)
+
+
+def retrained_table(permuted_loss):
+    """Three seeds as `stages.pruning` retrains them: ANDC and random masks for all, permuted ones for the first."""
+    table = pruning_table(3, 0.1, 0.3)
+    losses = {"andc": 0.002, "random": 0.02, "permuted": permuted_loss}
+    measured = (table.draw == 0) & table.method.isin(losses) & ((table.seed == 0) | (table.method != "permuted"))
+    table.loc[measured, "retrained_loss"] = table.method.map(losses)
+    table.loc[measured, "retrained_loss_se"] = 0.001
+    return table
+
+
+@pytest.mark.parametrize(("permuted_loss", "word"), [(0.02, "supported"), (0.001, "not supported")])
+def test_a_control_counts_in_the_seeds_in_which_it_was_retrained(permuted_loss, word):
+    assert verdicts.pruning(retrained_table(permuted_loss), "cifar100")[1]["verdict"] == word
+
+
+def test_a_control_that_was_never_retrained_is_not_beaten():
+    table = retrained_table(0.02)
+    table.loc[table.method == "permuted", "retrained_loss"] = np.nan
+    assert verdicts.pruning(table, "cifar100")[1]["verdict"] == "not supported"
+
+
+def test_draws_that_share_the_images_are_as_certain_as_one_that_has_them_all():
+    """Five draws of a fifth of the images each have errors that are sqrt(5) larger; their mean has not."""
+    one = pruning_table(3, 0.003, 0.003, error=0.003)
+    one = one[one.method.isin(["andc", "random"]) & (one.draw == 0)]
+    draws = pd.concat([one[one.method == "random"].assign(draw=draw, loss_se=0.003 * 5**0.5) for draw in range(5)])
+    found = verdicts.largest_dilutions(pd.concat([one[one.method == "andc"], draws]))
+    assert found.straight.tolist() == [0.6, 0.6]
