@@ -216,6 +216,8 @@ def _cifar100(root: Path, image_size: int) -> Images:
     def resized() -> tuple:
         from torchvision.transforms.functional import resize
 
+        _check_memory(len(data.x_train) + len(data.x_test), image_size)
+
         def larger(x: Tensor) -> np.ndarray:
             chunks = [resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)]
             return torch.cat(chunks).permute(0, 2, 3, 1).numpy()
@@ -235,6 +237,7 @@ def _flowers102(root: Path, image_size: int) -> tuple:
             f"Flowers-102 could not be downloaded ({error}); put jpg/, imagelabels.mat and setid.mat into "
             f"{root / 'flowers-102'} by hand, or name the folder above it in PAPERLIB_DATA"
         ) from error
+    _check_memory(len(train) + len(validation) + len(test), image_size)
     arrays, folder = [], root / "flowers-102"
     for parts in ((train, validation), (test,)):
         with files.reading(folder, "delete this folder, and it is downloaded again"):
@@ -256,6 +259,7 @@ def _folder(path: Path, image_size: int) -> tuple:
         raise ValueError(f"folder:{path}: train/ and test/ must have the same labels; only one of them has {odd[:5]}")
     if len(names[0]) < 2:
         raise ValueError(f"folder:{path} has one label only: at least 2 are needed")
+    _check_memory(sum(map(len, datasets)), image_size)
     arrays = []
     for dataset in datasets:
         images = []
@@ -266,6 +270,16 @@ def _folder(path: Path, image_size: int) -> tuple:
     # Files of a folder are sorted by name; a fixed shuffle keeps "the last images of a label" a fair sample.
     order = np.random.default_rng(0).permutation(len(arrays[1]))
     return arrays[0][order], arrays[1][order], arrays[2], arrays[3], names[0]
+
+
+def _check_memory(images: int, side: int) -> None:
+    """Raise ValueError if decoded images would not fit: they are held twice while they are put together."""
+    needed, there = 6 * images * side**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"{images:,} images of {side} x {side} pixels need {needed / 1e9:.1f} GB of memory, and this machine has "
+            f"{there / 1e9:.1f} GB: take a smaller image_size or fewer images"
+        )
 
 
 def _square(image: Image.Image, side: int) -> np.ndarray:

@@ -12,9 +12,12 @@ import json
 import math
 import os
 import platform
+import re
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version as package_version
@@ -55,6 +58,7 @@ class Artefact:
     folder: Path
     sha256: str
     seconds: float
+    peak_gb: float  # the process's largest memory while the stage was computed
     fresh: bool = False  # computed by this process
     remade: Callable[[], "Artefact"] | None = None  # the whole of it, where large files were not committed
 
@@ -93,6 +97,7 @@ class Run:
     prefix: str = ""  # of its stages' names, for a walk within a walk
     finished: dict[str, "Artefact"] = field(default_factory=dict)  # stages of this process, by folder
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> how long it took when it was computed
+    peak_gb: dict[str, float] = field(default_factory=dict)  # stage -> memory of the process when it was computed
     remade: list[str] = field(default_factory=list)  # stages whose large files differ from the committed ones
 
     @cached_property
@@ -119,6 +124,7 @@ class Run:
             known = self._known(name, key, lambda: self._computed(folder, record, make))
             self.finished[str(folder)] = known or self._computed(folder, record, make)
         self.seconds[name] = self.finished[str(folder)].seconds
+        self.peak_gb[name] = self.finished[str(folder)].peak_gb
         return self.finished[str(folder)]
 
     def _known(self, name: str, key: str, remake: Callable[[], "Artefact"]) -> "Artefact | None":
@@ -139,7 +145,7 @@ class Run:
                 self.remade.append(name)
             return whole
 
-        return Artefact(done.parent, finished["sha256"], finished["seconds"], remade=cache(remade))
+        return Artefact(done.parent, finished["sha256"], finished["seconds"], finished["peak_gb"], remade=cache(remade))
 
     def _computed(self, folder: Path, record: dict, make: Callable[[Path], None]) -> "Artefact":
         if self.known_sha256:
@@ -167,10 +173,11 @@ class Run:
             self.log(f"{record['stage']}: computed again, its files were changed from outside")
             return None
         self.log(f"{record['stage']}: unchanged, not computed again")
-        return Artefact(folder, finished["sha256"], finished["seconds"])
+        return Artefact(folder, finished["sha256"], finished["seconds"], finished["peak_gb"])
 
     def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> "Artefact":
         start = time.monotonic()
+        _peak_gb(forget=True)
         make(folder)
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()
@@ -178,10 +185,11 @@ class Run:
         outputs = _hashes(folder, names)
         sha256 = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
         seconds = round(time.monotonic() - start, 2)
-        record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "revision": revision()}
+        record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "peak_gb": _peak_gb()}
+        record["revision"] = revision()
         record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
-        return Artefact(folder, sha256, seconds, fresh=True)
+        return Artefact(folder, sha256, seconds, record["peak_gb"], fresh=True)
 
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
         """Put a notebook's results and verdicts into figures/<profile>/summary.json, beside those of the others.
@@ -202,6 +210,7 @@ class Run:
             "environment": environment(),
             "device": str(training.best_device()),
             "seconds": {**old.get("seconds", {}), **self.seconds},
+            "peak_gb": {**old.get("peak_gb", {}), **self.peak_gb},
             "stages": {**old.get("stages", {}), **{path.parent.name: path.name for path in map(Path, self.finished)}},
             "data": {"name": self.images.name, "sha256": self.data_sha256, "classes": self.images.classes},
             "revision": revision(),
@@ -290,6 +299,21 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     return {name: sha256(folder / name) for name in names}
+
+
+def _peak_gb(forget: bool = False) -> float:
+    """The process's largest memory in GB, on Linux since the last call that forgets; a GPU's where there is one."""
+    if forget and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        if forget:
+            Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    with suppress(OSError):
+        kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        return round(int(kilobytes[1]) / 1e6, 2) if kilobytes else 0.0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9, 2)  # macOS counts bytes
 
 
 def _reason(folder: Path, record: dict) -> str:

@@ -446,3 +446,11 @@ def test_unusable_arrays_are_refused(changed, tmp_path, refuses):
     cache(tmp_path, **changed)
     with refuses("cifar100"):
         data.load("cifar100", tmp_path)
+
+
+def test_images_that_would_not_fit_into_memory_are_refused_before_they_are_read(tmp_path, monkeypatch, refuses):
+    name = folder(tmp_path, two_labels())
+    monkeypatch.setattr(data.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 2}[key])
+    monkeypatch.setattr(data, "_square", lambda image, side: 1 / 0)
+    with refuses(r"6 images of 8 x 8 pixels need 0.0 GB .* this machine has 0.0 GB"):
+        data.load(name, tmp_path, image_size=8)

@@ -84,6 +84,18 @@ def test_files_changed_from_outside_are_noticed(run):
     assert "changed from outside" in run.said[0]
 
 
+def test_a_stage_says_how_much_memory_it_took(run):
+    def hungry(folder):
+        block = torch.ones(100_000_000)  # 0.4 GB
+        runs.save_table(folder / "table.csv", [{"value": block.sum().item()}])
+
+    small = run.stage("small", 1, {}, {}, writer([])).peak_gb
+    large = run.stage("large", 1, {}, {}, hungry).peak_gb
+    again = run.stage("small again", 1, {}, {}, writer([])).peak_gb
+    assert 0.35 < large - small < 0.6 and again < small + 0.1
+    assert fresh(run).stage("large", 1, {}, {}, hungry).peak_gb == large == run.peak_gb["large"]
+
+
 def test_an_interrupted_stage_is_not_taken_for_done(run):
     def breaks(folder):
         (folder / "checkpoint.pt").write_bytes(b"epoch 1")
@@ -158,7 +170,7 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     assert summary["results"] == {"01": {"a": 1}, "02": {"b": 3}}
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
     assert " ".join(summary) == (
-        "profile config seeds environment device seconds stages data revision results verdicts"
+        "profile config seeds environment device seconds peak_gb stages data revision results verdicts"
     )
     assert set(summary["data"]) == {"name", "sha256", "classes"}
     other = parameters.load_settings("quick", {"epochs": run.settings.epochs + 1})
