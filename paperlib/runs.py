@@ -58,7 +58,7 @@ class Artefact:
     folder: Path
     sha256: str
     seconds: float
-    peak_gb: float  # the process's largest memory while the stage was computed
+    peak_gb: float = 0.0  # the process's largest memory while the stage was computed
     fresh: bool = False  # computed by this process
     remade: Callable[[], "Artefact"] | None = None  # the whole of it, where large files were not committed
 

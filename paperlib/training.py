@@ -147,10 +147,15 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         with files.reading(checkpoint, "delete it to train anew"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    pixels = [len(data.x_train), *mean.flatten().tolist(), *std.flatten().tolist()]  # tell data sets apart
+
+    def pixels() -> list[
+        float
+    ]:  # tell data sets apart; asked for only with a checkpoint, since it waits for the device
+        return [len(data.x_train), *(round(value, 4) for value in (*mean.flatten().tolist(), *std.flatten().tolist()))]
+
     if (saved := distributed.share(saved)) is not None:
         with files.reading(checkpoint, "delete it to train anew"):
-            if (saved["recipe"], saved["seed"], saved.get("pixels", pixels)) != (asdict(recipe), seed, pixels):
+            if (saved["recipe"], saved["seed"], saved["pixels"]) != (asdict(recipe), seed, pixels()):
                 raise ValueError("it was written by another recipe or seed, or with other images")
             network.load_state_dict(saved["network"])
             for part, state in zip(parts, saved["optimizers"], strict=True):
@@ -195,7 +200,7 @@ def train(
         curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  test accuracy {100 * test:.1f} %")
         if checkpoint is not None:
-            state = {"recipe": asdict(recipe), "seed": seed, "pixels": pixels, "curve": curve}
+            state = {"recipe": asdict(recipe), "seed": seed, "pixels": pixels(), "curve": curve}
             state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}
             with files.whole(checkpoint) as file:
                 torch.save(state, file)
