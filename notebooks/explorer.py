@@ -11,6 +11,7 @@ from collections.abc import Callable
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import stages
 import torch
 from IPython.display import Image
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from paperlib import snp
 from paperlib.data import Images
-from paperlib.figures import COLOURS, STYLE, plain
+from paperlib.figures import COLOURS, STYLE, by_cluster, plain
 from paperlib.runs import Run
 
 SHOWN = 24  # labels of a node or head that are shown by name
@@ -77,8 +78,7 @@ def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor], bytes]:
     def draw(field: Tensor, threshold: float, drivers: Tensor) -> bytes:
         boolean = snp.boolean_matrices(field[None], threshold)[0]
         clusters = snp.label_clusters(boolean)
-        first = [label for cluster in clusters for label in cluster]
-        order = first + sorted(set(range(labels)) - set(first))
+        order = by_cluster(clusters, labels)
         field_image.set_data((field / field.max().clamp(min=1e-30))[order][:, order].numpy())
         boolean_image.set_data(boolean[order][:, order][:shown, :shown].float().numpy())
         names = [plain(images.classes[label]) for label in order[:shown]]
@@ -148,11 +148,12 @@ def _summary(fields: dict[int, Tensor], threshold: float) -> str:
     return f"SNR {found.snr:.2f}, {found.clusters_per_node:.2f} clusters of {found.pooled_cluster_size:.2f} labels"
 
 
-def head_canvas(run: Run, seed: int) -> Callable[[int, int], bytes]:
+def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int], bytes]:
     """A function that draws one head as PNG: (encoder, head) -> bytes. Left: how many of its nodes answer the output
-    label to the input label, labels ordered by owner; right: its own labels, and the best other head's count."""
-    labels, _, _ = stages.head_division(run)
-    labels = labels[(labels.network == "trained") & (labels.seed == seed)]
+    label to the input label, labels ordered by owner; right: its own labels, and the best other head's count.
+
+    labels: the first table of `stages.head_division`, of this trained network alone.
+    """
     booleans = stages.matrices(run, seed, "trained").arrays("matrices")
     heads = int(labels["head"].max()) + 1
     matrices = {
@@ -196,8 +197,9 @@ def heads(run: Run) -> widgets.Widget | Image:
     """Choose an encoder and a head -> its matrix, labels and margins; first seed. Without a kernel: the last encoder's
     first head."""
     seed = run.settings.seeds[0]
-    draw = head_canvas(run, seed)
     labels, _, _ = stages.head_division(run)
+    labels = labels[(labels.network == "trained") & (labels.seed == seed)]
+    draw = head_canvas(run, seed, labels)
     last, count = int(labels.encoder.max()), int(labels["head"].max()) + 1
     if not live():
         return Image(draw(last, 0))

@@ -1,7 +1,6 @@
 """Profiles: every parameter of a walk, its meaning and its range, and how a walk is opened."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from paperlib import data, models, taps, training
 from paperlib.files import reading
 from paperlib.models import reference
 from paperlib.models.vgg import parse as parse_vgg
-from paperlib.runs import Run, folder_of, root
+from paperlib.runs import Run, folder_of, read_json, root
 
 # YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
 Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
@@ -208,7 +207,7 @@ def open_committed(profile: str, stages: Path | None = None) -> Run:
     """The run behind figures/<profile>/summary.json without its images: finished stages only, from `stages` (default:
     the committed ones)."""
     figures = folder_of("figures") / profile
-    summary = json.loads((figures / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(figures / "summary.json")
     settings = load_settings(profile, summary["config"])
     nothing = torch.zeros(0)
     images = data.Images(summary["data"]["name"], *[nothing] * 4, tuple(summary["data"]["classes"]))

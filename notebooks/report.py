@@ -105,12 +105,7 @@ def page(profile: str, folder: Path) -> str:
         summary=summary,
         claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
         figures=figures,
-        card=[
-            (name, value, settings_field.description)
-            for (name, value), settings_field in zip(
-                settings.model_dump().items(), parameters.Settings.model_fields.values(), strict=True
-            )
-        ],
+        card=parameters.card(settings).itertuples(name=None),
         hours=sum(summary["seconds"].values()) / 3600,
         verdict_csv=_data("text/csv", pd.DataFrame(summary["verdicts"]).to_csv(index=False).encode()),
         deviations=_html(runs.root() / "docs" / "deviations.md"),

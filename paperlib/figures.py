@@ -200,7 +200,7 @@ def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], 
         figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, dpi=72)
         for (row, column), (field, clusters) in panels.items():
             axis = axes[rows.index(row), columns.index(column)]
-            order = _by_cluster(clusters, len(field))
+            order = by_cluster(clusters, len(field))
             scaled = (field / field.max())[order][:, order].numpy()
             image = axis.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             _frame(axis, clusters)
@@ -213,7 +213,8 @@ def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], 
         return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
 
 
-def _by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
+def by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
+    """All labels, those of clusters first, cluster by cluster."""
     first = [label for cluster in clusters for label in cluster]
     return first + [label for label in range(labels) if label not in set(first)]
 
@@ -229,7 +230,7 @@ def node_matrix(
     field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
 ) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
-    order = _by_cluster(clusters, len(classes))
+    order = by_cluster(clusters, len(classes))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
         scaled = (field / field.max())[order][:, order].numpy()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,8 @@ class Run:
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.folder / "stages" / name / key
         if str(folder) not in self.finished:
-            known = self._known(name, key, lambda: self._computed(folder, record, make))
-            self.finished[str(folder)] = known or self._computed(folder, record, make)
+            compute = partial(self._computed, folder, record, make)
+            self.finished[str(folder)] = self._known(name, key, compute) or compute()
         self.seconds[name] = self.finished[str(folder)].seconds
         self.peak_gb[name] = self.finished[str(folder)].peak_gb
         return self.finished[str(folder)]

@@ -148,9 +148,8 @@ def train(
         with files.reading(checkpoint, "delete it to train anew"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
 
-    def pixels() -> list[
-        float
-    ]:  # tell data sets apart; asked for only with a checkpoint, since it waits for the device
+    def pixels() -> list[float]:
+        # Tells data sets apart; asked for only with a checkpoint, since it waits for the device.
         return [len(data.x_train), *(round(value, 4) for value in (*mean.flatten().tolist(), *std.flatten().tolist()))]
 
     if (saved := distributed.share(saved)) is not None:
