@@ -6,6 +6,9 @@ import sys
 
 import parameters
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from walk import main
 
 from paperlib import runs
@@ -47,6 +50,42 @@ def test_mistakes_are_named(arguments, sentence, folders, capsys, monkeypatch):
     assert sentence in error
     assert error.count("\n") == 1
     assert not (folders / "runs").exists()
+
+
+numbers = st.integers(-3, 2000) | st.floats() | st.sampled_from(["1e-3", "nan", "0.3"])
+values = st.none() | st.booleans() | numbers | st.text(max_size=6) | st.lists(numbers | st.text(max_size=3), max_size=3)
+near = {  # values of the right type, so that many a configuration is taken
+    "seeds": st.lists(st.integers(-1, 5), max_size=4),
+    "taps": st.lists(st.sampled_from(["attn", "block", "ff1", "pooled", "stem", "blok"]), max_size=5),
+    "heads": st.integers(-1, 9),
+    "many_heads": st.lists(st.integers(0, 9), max_size=3),
+    "image_size": st.integers(0, 64),
+    "prune_thresholds": st.lists(st.sampled_from([0.0, 0.3, 0.4, 1.0]), max_size=3),
+    "retrain_thresholds": st.lists(st.sampled_from([0.3, 0.4, 0.5]), max_size=2),
+    "lr": st.floats(-1, 1),
+    "threshold": st.floats(-0.5, 1.5),
+    "model": st.sampled_from(["cct_2_3x2", "cct_4_7x1", "cct_3_3x1", "cct_2_0x1"]),
+    "cnn": st.sampled_from(["vgg_11x16", "vgg_11x0", "vgg_12x8"]),
+}
+changed = st.sampled_from(sorted(near)).flatmap(lambda name: st.tuples(st.just(name), near[name]))
+changed |= st.tuples(st.sampled_from(sorted(parameters.Settings.model_fields)) | st.text(max_size=6), values)
+
+
+@given(st.lists(changed, max_size=3).map(dict))
+def test_any_configuration_is_taken_as_it_is_or_refused_in_one_sentence(changes):
+    try:
+        settings = parameters.load_settings("quick", changes)
+    except ValueError as error:
+        assert changes and len(str(error).splitlines()) == 1
+        return
+    profile = parameters.load_settings("quick").model_dump()
+    meant = {name: parameters._float_or_same(value) for name, value in changes.items()}
+    texts = {name: value for name, value in changes.items() if isinstance(profile[name], str)}
+    assert settings.model_dump() == profile | meant | texts
+    # what a run records is what opens it again, and so is what the command line would be given
+    assert parameters.load_settings("quick", settings.model_dump()) == settings
+    words = [f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in changes.items()]
+    assert parameters.load_settings("quick", parameters.changes_of(words)) == settings
 
 
 def test_unknown_option_exits_with_2():
