@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    data: str = Field(description="data set: glyphs100, cifar100, flowers102 or folder:<path>")
+    data: str = Field(description="data set: glyphs100, cifar100, flowers102(-resplit) or folder:<path>")
     image_size: int = Field(ge=8, le=1024, description="side of the images in pixels")
     limit: int = Field(ge=0, description="use only this many training and test images (0: all)")
     model: str = Field(description="network: cct_<blocks>_<kernel>x<convs>")

@@ -98,11 +98,11 @@ def page(name: str) -> str:
     return CARD.format(
         **facts, name=name, epochs=recipe["epochs"], torch=environment["torch"],
         parameters=sum(p.numel() for p in models.load_reference(name).parameters()),
-        split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"]],
+        split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"].removesuffix("-resplit")],
         machine=environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
         recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key != "epochs"),
         curve_rows="\n".join(f"| {row['epoch']} | {row['loss']:.3f} | {row['test_accuracy']:.2%} |"
-                             for row in facts["curve"]),
+                             for row in facts["curve"] if row["test_accuracy"] is not None),
     )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
         for seed, curve in curves.groupby("seed"):
             left.plot(curve.epoch, curve.loss, "o-", ms=3, label=f"seed {seed}")
-            right.plot(curve.epoch, 100 * curve.test_accuracy, "o-", ms=3)
+            scored = curve.dropna(subset="test_accuracy")
+            right.plot(scored.epoch, 100 * scored.test_accuracy, "o-", ms=3)
         right.axhline(100 / labels, color="grey", ls=":", label="chance")
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))

@@ -23,6 +23,7 @@ from paperlib.augmentation import published
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
+CURVE_POINTS = 30  # a learning curve has so many test accuracies, or as many as epochs
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
 
@@ -126,12 +127,12 @@ def train(
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
     One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1; in the training's
-    precision, the last one in fp32), seconds. With `checkpoint`, the state is saved after each epoch (written whole or
-    not at all) and a later call with the same recipe and seed goes on from there: every random number derives from
-    (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one. Raises ValueError for a
-    checkpoint that does not fit, FloatingPointError with the step at which the loss stopped being finite (the last good
-    checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its share of each batch; rank 0's
-    checkpoint counts.
+    precision, the last one in fp32; None between the `CURVE_POINTS`), seconds. With `checkpoint`, the state is saved
+    after each epoch (written whole or not at all) and a later call with the same recipe and seed goes on from there:
+    every random number derives from (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one.
+    Raises ValueError for a checkpoint that does not fit, FloatingPointError with the step at which the loss stopped
+    being finite (the last good checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its
+    share of each batch; rank 0's checkpoint counts.
     """
     rank, ranks = distributed.place()
     device = data.x_train.device
@@ -193,11 +194,14 @@ def train(
                 f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
                 "lower lr, or look for odd images"
             )
-        with autocast("fp32" if epoch + 1 == recipe.epochs else recipe.precision, device):
-            test = accuracy(network, data)
+        test, last = None, epoch + 1 == recipe.epochs
+        if last or (epoch + 1) % -(-recipe.epochs // CURVE_POINTS) == 0:
+            with autocast("fp32" if last else recipe.precision, device):
+                test = accuracy(network, data)
         row = {"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test}
         curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
-        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  test accuracy {100 * test:.1f} %")
+        scored = "" if test is None else f"  test accuracy {100 * test:.1f} %"
+        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}{scored}")
         if checkpoint is not None:
             state = {"recipe": asdict(recipe), "seed": seed, "pixels": pixels(), "curve": curve}
             state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}

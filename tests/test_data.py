@@ -80,6 +80,21 @@ def test_limit_leaves_no_label_out(images, refuses):
         data.limit(images_of([0, 1, 2] * 3, [0, 1, 2]), images)
 
 
+def test_resplit_deals_every_image_once(tmp_path, write_cache):
+    write_cache(tmp_path / "flowers102-8.npz", 3, 8, train=17, test=14)  # 93 images
+    official, dealt = (data.load(name, tmp_path, 8) for name in ("flowers102", "flowers102-resplit"))
+    assert (len(dealt.x_train), len(dealt.x_test)) == (74, 10)  # and 9 that nobody reads
+    label = {
+        bytes(image.numpy()): int(y)
+        for images, labels in ((official.x_train, official.y_train), (official.x_test, official.y_test))
+        for image, y in zip(images, labels, strict=True)
+    }
+    images, labels = torch.cat([dealt.x_train, dealt.x_test]), torch.cat([dealt.y_train, dealt.y_test])
+    assert len({bytes(image.numpy()) for image in images}) == 84
+    assert all(label[bytes(image.numpy())] == y for image, y in zip(images, labels, strict=True))
+    assert data.load("flowers102-resplit", tmp_path, 8).sha256 == dealt.sha256
+
+
 def test_hash_sees_pixels_and_labels():
     toy = images_of([0, 1, 2, 0], [0, 1, 2])
     brighter = toy.x_train.clone()

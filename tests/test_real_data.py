@@ -32,3 +32,6 @@ def test_flowers102_has_the_official_splits(tmp_path):
     _, held = data.held_out(images.y_train, 0.5)
     assert sorted(held.tolist()) == list(range(1020, 2040))  # the official validation split
     assert (tmp_path / "flowers102-64.npz").exists()
+    dealt = data.load("flowers102-resplit", tmp_path, 64)
+    assert (len(dealt.x_train), len(dealt.x_test)) == (6552, 819)  # 818 validation images are left out
+    assert dealt.y_train.unique().tolist() == dealt.y_test.unique().tolist() == list(range(102))

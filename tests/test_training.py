@@ -81,6 +81,16 @@ def at_step(network, number, action):
     return network.register_forward_pre_hook(before)
 
 
+def test_a_long_curve_is_scored_at_some_epochs_and_at_the_last(monkeypatch):
+    curve, network = train(small(), toy(), replace(RECIPE, epochs=5), 0, log=quiet), small()
+    monkeypatch.setattr(training, "CURVE_POINTS", 3)
+    lines = []
+    sparse = train(network, toy(), replace(RECIPE, epochs=5), 0, log=lines.append)
+    assert [row["test_accuracy"] is not None for row in sparse] == [False, True, False, True, True]
+    assert [dense | {"test_accuracy": row["test_accuracy"]} for dense, row in zip(curve, sparse, strict=True)] == sparse
+    assert sparse[3] == curve[3] and sparse[4] == curve[4] and ["accuracy" in line for line in lines].count(True) == 3
+
+
 # --- interruption
 
 
