@@ -1,11 +1,14 @@
 """Put the results of a finished `./run_all.sh [PROFILE]` where readers find them.
 
-python notebooks/store_outputs.py [PROFILE]
+python notebooks/store_outputs.py [PROFILE] [--unfinished]
 
 quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
-with other cells or parameters are refused. Other profiles: the small files of the stages that summary.json names are
-copied to figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of
-verdicts are made anew from the profiles' summary.json.
+with other cells or parameters are refused. Other profiles: the executed notebooks become pages for readers without a
+kernel, figures/<profile>/pages/*.html, and the small files of the stages that summary.json names are copied to
+figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of verdicts
+are made anew from the profiles' summary.json.
+
+A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more.
 """
 
 import argparse
@@ -48,13 +51,13 @@ def with_table(page: str, profile: str, table: str) -> str:
     return f"{before}{first}\n{table}\n{last}{rest.split(last, 1)[1]}"
 
 
-def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:
     """The notebook with the outputs of an executed copy; ValueError if the copy is of something else."""
     injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     cells = [cell for cell in executed.cells if cell not in injected]
     if [cell.source for cell in cells] != [cell.source for cell in source.cells]:
         raise ValueError("the executed copy has other cells: run ./run_all.sh again")
-    if not all('profile = "quick"' in cell.source and "settings = {}" in cell.source for cell in injected):
+    if not all(f'profile = "{profile}"' in cell.source and "settings = {}" in cell.source for cell in injected):
         raise ValueError("the executed copy had other parameters: run ./run_all.sh without --set")
     pairs = [pair for pair in zip(source.cells, cells, strict=True) if pair[0].cell_type == "code"]
     for count, (cell, run) in enumerate(pairs, start=1):
@@ -65,17 +68,32 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
     return source
 
 
-def store_notebooks(root: Path) -> None:
-    """Outputs of the walk quick into the notebooks; all of them or none."""
+def executed_notebooks(root: Path, profile: str) -> dict[Path, nbformat.NotebookNode]:
+    """The notebooks with the outputs of a walk, by their path; all of them or none."""
     notebooks = {}
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        executed = runs.folder_of("runs") / "quick" / path.name
+        executed = runs.folder_of("runs") / profile / path.name
         try:
-            notebooks[path] = with_outputs(*(nbformat.read(file, as_version=4) for file in (path, executed)))
+            notebooks[path] = with_outputs(*(nbformat.read(file, as_version=4) for file in (path, executed)), profile)
         except (ValueError, OSError) as error:
             sys.exit(f"{path.name}: {error}")
+    return notebooks
+
+
+def store_pages(notebooks: dict[Path, nbformat.NotebookNode], target: Path) -> None:
+    """The executed notebooks as pages for readers without a kernel."""
+    from nbconvert import HTMLExporter  # here, because only this takes it
+
+    target.mkdir(parents=True, exist_ok=True)
     for path, notebook in notebooks.items():
-        nbformat.write(notebook, path)
+        page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        runs.write_text(target / f"{path.stem}.html", page)
+
+
+def finished_stages(folder: Path) -> dict[str, str]:
+    """The latest finished stage of each name: stage -> key."""
+    done = sorted(folder.glob("*/*/stage.json"), key=lambda path: path.stat().st_mtime)
+    return {path.parent.parent.name: path.parent.name for path in done}
 
 
 def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
@@ -96,18 +114,28 @@ def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
-    profile, root = parser.parse_args(arguments).profile, runs.root()
-    figures = runs.folder_of("figures") / profile
+    parser.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
+    options, root = parser.parse_args(arguments), runs.root()
+    profile, figures = options.profile, runs.folder_of("figures") / options.profile
+    made, kept = runs.folder_of("runs") / profile / "stages", figures / "stages"
     if figures != root / "figures" / profile:
         sys.exit(f"store_outputs: the figures are in {figures}: unset PAPERLIB_FIGURES and run the walk again")
     try:
+        if options.unfinished:
+            settings = parameters.load_settings(profile)
+            if settings.weights != "reference":
+                raise ValueError(f"{profile} trains networks of its own, so its stages fit nobody else's")
+            store_stages(finished_stages(kept) | finished_stages(made), made, kept)
+            return 0
         summary = runs.read_json(figures / "summary.json")
         if profile == "quick":
-            store_notebooks(root)
+            for path, notebook in executed_notebooks(root, profile).items():
+                nbformat.write(notebook, path)
         elif summary["config"]["weights"] != "reference":
             raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
         else:
-            store_stages(summary["stages"], runs.folder_of("runs") / profile / "stages", figures / "stages")
+            store_pages(executed_notebooks(root, profile), figures / "pages")
+            store_stages(summary["stages"], made, kept)
     except ValueError as error:
         sys.exit(f"store_outputs: {error}")
     page = root / "README.md"

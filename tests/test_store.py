@@ -1,8 +1,10 @@
 """Committed results: what a summary names, without large files, and nothing else."""
 
 import json
+import os
 import shutil
 
+import nbformat
 import parameters
 import pytest
 import regenerate
@@ -38,6 +40,69 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
     store_outputs.store_stages(used, run.folder / "stages", target)  # what is committed already stays
     with pytest.raises(ValueError, match="run the walk again"):
         store_outputs.store_stages(used | {"snr-trained-seed0": "0" * 16}, run.folder / "stages", target)
+
+
+def test_stages_of_an_unfinished_walk_are_stored(folders, monkeypatch, capsys):
+    """Newest first; what was stored before stays unless it was made anew."""
+    monkeypatch.setattr(runs, "root", lambda: folders)
+    monkeypatch.setattr(parameters, "profiles", lambda: ["cifar100-cpu"])
+    settings = parameters.Settings.model_construct(weights="trained")
+    monkeypatch.setattr(parameters, "load_settings", lambda profile: settings)
+    made, kept = (folders / place / "cifar100-cpu" / "stages" for place in ("runs", "figures"))
+    for time, (folder, files) in enumerate(
+        [
+            (kept / "snr-seed0" / "old", ["stage.json", "taps.csv"]),
+            (kept / "examples-seed0" / "same", ["stage.json"]),
+            (made / "snr-seed0" / "new", ["stage.json", "taps.csv"]),
+            (made / "snr-seed0" / "newest", ["taps.csv"]),  # not finished
+            (made / "readouts-seed0" / "key", ["stage.json", "correct.npz", "weights.safetensors"]),
+        ]
+    ):
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_text("{}")
+            os.utime(folder / name, (time, time))
+    with pytest.raises(SystemExit, match="networks of its own"):
+        store_outputs.main(["cifar100-cpu", "--unfinished"])
+    monkeypatch.setattr(
+        parameters, "load_settings", lambda profile: settings.model_copy(update={"weights": "reference"})
+    )
+    assert store_outputs.main(["cifar100-cpu", "--unfinished"]) == 0
+    assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
+        "snr-seed0/new/stage.json", "snr-seed0/new/taps.csv", "examples-seed0/same/stage.json",
+        "readouts-seed0/key/stage.json", "readouts-seed0/key/correct.npz",
+    }  # fmt: skip
+
+
+def executed_copies(folder, parameters):
+    """The committed notebooks as papermill would leave them after a walk with these parameters."""
+    folder.mkdir(parents=True)
+    for path in sorted((runs.root() / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        injected = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(place + 1, injected)
+        nbformat.write(notebook, folder / path.name)
+
+
+def test_executed_notebooks_become_pages(folders):
+    executed_copies(folders / "runs" / "cifar100-cpu", 'profile = "cifar100-cpu"\nsettings = {}')
+    notebooks = store_outputs.executed_notebooks(runs.root(), "cifar100-cpu")
+    store_outputs.store_pages(notebooks, folders / "pages")
+    pages = {path.stem: path.read_text() for path in (folders / "pages").iterdir()}
+    assert pages.keys() == {path.stem for path in notebooks}
+    for name, page in pages.items():
+        assert f"<title>{name}</title>" in page and "data:image/png" in page and "settings = {}" not in page
+    assert "Applied nodal diagonal connections" in pages["03_andc_pruning"]
+
+
+@pytest.mark.parametrize(
+    "parameters", ['profile = "quick"\nsettings = {}', 'profile = "cifar100"\nsettings = {"epochs": 1}']
+)
+def test_copies_of_another_walk_are_refused(parameters, folders):
+    executed_copies(folders / "runs" / "cifar100", parameters)
+    with pytest.raises(SystemExit, match="other parameters"):
+        store_outputs.executed_notebooks(runs.root(), "cifar100")
 
 
 @pytest.mark.parametrize("figures", ["elsewhere", "figures"])
