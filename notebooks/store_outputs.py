@@ -46,9 +46,13 @@ def verdict_table(summary: dict) -> str:
 
 def with_table(page: str, profile: str, table: str) -> str:
     """The page with the lines between the profile's two marks replaced."""
-    first, last = MARKS[0].format(profile), MARKS[1]
-    before, rest = page.split(first)
-    return f"{before}{first}\n{table}\n{last}{rest.split(last, 1)[1]}"
+    return with_lines(page, (MARKS[0].format(profile), MARKS[1]), table)
+
+
+def with_lines(page: str, marks: tuple[str, str], lines: str) -> str:
+    """The page with what stands between two marks replaced."""
+    before, rest = page.split(marks[0])
+    return f"{before}{marks[0]}\n{lines}\n{marks[1]}{rest.split(marks[1], 1)[1]}"
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:

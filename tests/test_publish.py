@@ -1,0 +1,122 @@
+"""Published notebooks open in Colab: badges that point at themselves, and a cell that fetches what is missing there."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import colab
+import nbformat
+import publish
+import pytest
+import torch
+
+from paperlib import runs
+
+ROOT = runs.root()
+ADDRESS = "https://github.com/someone/companion"
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The notebooks, the README and the citation in a folder of this test's own."""
+    (tmp_path / "notebooks").mkdir()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy(path, tmp_path / "notebooks")
+    for name in ("README.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    return tmp_path
+
+
+def notebooks(folder):
+    return {path.name: nbformat.read(path, as_version=4) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
+
+
+def test_badges_point_at_the_notebook_that_they_stand_in(copy):
+    before = notebooks(copy)
+    assert publish.main([ADDRESS + "/"]) == 0
+    page, fetching = (copy / "README.md").read_text(), set()
+    for name, notebook in notebooks(copy).items():
+        nbformat.validate(notebook)
+        place = f"someone/companion/blob/main/notebooks/{name}"
+        for link in (f"(https://colab.research.google.com/github/{place})", f"(https://github.com/{place})"):
+            assert link in notebook.cells[0].source and link in page
+        own = [cell for cell in notebook.cells if "published" in cell.metadata.get("tags", [])]
+        rest = [cell for cell in notebook.cells if cell not in own]
+        assert [cell.source for cell in rest] == [cell.source for cell in before[name].cells] and len(own) == 2
+        place = notebook.cells.index(own[1])
+        assert "parameters" in notebook.cells[place - 1].metadata.tags
+        fetching.add(own[1].source)
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+    assert len(fetching) == 1
+    assert f"repository-code: {ADDRESS}\n" in (copy / "CITATION.cff").read_text()
+
+
+def test_another_address_replaces_the_first(copy):
+    publish.main([ADDRESS])
+    once = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    publish.main(["https://github.com/other/place.git"])
+    assert not any("someone" in path.read_text() for path in once)
+    publish.main([ADDRESS])
+    assert {path: path.read_bytes() for path in once} == once
+
+
+@pytest.mark.parametrize("address", ["github.com/a/b", "https://github.com/a", 'https://github.com/a/b"; import os'])
+def test_an_address_of_another_form_is_refused(address, copy, capsys):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert publish.main([address]) == 2
+    assert "https://github.com/OWNER/NAME" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+IMITATION = """
+import json, os, sys, types
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+for cell in json.loads(sys.argv[1]):
+    exec(cell)
+    exec(sys.argv[2])  # again, as after a restart in the same folder
+import paperlib
+print(os.path.abspath(paperlib.__file__))
+print(len(run.images.classes), os.getcwd())
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout, so it cannot be cloned")
+def test_in_colab_a_notebook_fetches_the_project(tmp_path):
+    """Colab's folder is empty but for its samples; the notebook alone was opened."""
+    notebook = nbformat.read(ROOT / "notebooks" / "01_train_cct.ipynb", as_version=4)
+    cells = publish.published(notebook, "notebooks/01_train_cct.ipynb", ADDRESS).cells
+    code = [cell.source.replace(ADDRESS, ROOT.as_uri()) for cell in cells if cell.cell_type == "code"][:3]
+    done = subprocess.run(
+        [sys.executable, "-c", IMITATION, json.dumps(code), code[1]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    here, opened = done.stdout.splitlines()[-2:]
+    assert here == str(tmp_path / "companion" / "paperlib" / "__init__.py")
+    assert opened == f"100 {tmp_path / 'companion' / 'notebooks'}"
+    assert ("No GPU" in done.stdout) != torch.cuda.is_available()
+
+
+def test_colab_keeps_its_torch(monkeypatch):
+    have = {"torch": "2.9.0+cu126", "torchvision": "0.24.0+cu126", "numpy": "2.0.2", "pandas": "1.5.0"}
+    monkeypatch.setattr(colab, "_version", have.get)
+    commands = []
+
+    def run(command, check):
+        commands.append([*command[:-1], Path(command[-1]).read_text()])
+
+    monkeypatch.setattr(colab.subprocess, "run", run)
+    colab.prepare()
+    (command,) = commands
+    assert {"papermill>=2.5", "safetensors>=0.4", "pandas>=2.1"} <= set(command)  # missing, or too old
+    assert not any(word.startswith(("torch>", "torchvision", "numpy", "jupyterlab")) for word in command[1:-1])
+    assert command[-2:] == ["-c", "torch==2.9.0+cu126\ntorchvision==0.24.0+cu126\nnumpy==2.0.2"]
+
+
+def test_where_nothing_is_missing_nothing_is_installed(monkeypatch):
+    assert colab.missing() == []
+    monkeypatch.setattr(colab.subprocess, "run", lambda *a, **k: pytest.fail("something was installed"))
+    colab.prepare()
