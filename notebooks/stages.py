@@ -133,7 +133,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
         places = taps.places(network, kinds)
-        weights = _trained_readouts(run, network, places, images, seed, kind == "shuffled")
+        weights = trained_readouts(run, network, places, images, seed, kind == "shuffled")
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
         save_tensors(folder / "weights.safetensors", weights)
@@ -168,7 +168,7 @@ def matrices(run: Run, seed: int, kind: str) -> Artefact:
     return run.stage(f"matrices-{kind}-seed{seed}", 1, config, {"readouts": source.sha256}, make)
 
 
-def _trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
+def trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
     """Readouts of some taps, trained on the kept training images as the settings say."""
     s = run.settings
     kept, _ = held_out(run.images.y_train, s.held_out)
@@ -210,7 +210,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
         rows = []
         for epochs in (s.penalty_epochs // 2, s.penalty_epochs):
-            weights = _trained_readouts(run, network, places, images, seed, epochs=epochs, penalty=penalty)
+            weights = trained_readouts(run, network, places, images, seed, epochs=epochs, penalty=penalty)
             test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
             for place in places:
                 tap, _, value = place.kind.partition("@")

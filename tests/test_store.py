@@ -5,9 +5,11 @@ import os
 import shutil
 
 import nbformat
+import pandas as pd
 import parameters
 import pytest
 import regenerate
+import remeasure
 import stages
 import store_outputs
 
@@ -120,3 +122,19 @@ def test_results_that_others_could_not_use_are_refused(figures, folders, monkeyp
 def test_regenerating_needs_committed_results(folders, capsys):
     assert regenerate.main(["cifar100"]) == 2
     assert "summary.json" in capsys.readouterr().err
+
+
+def test_a_measurement_agrees_within_the_spread_of_the_seeds():
+    index = pd.MultiIndex.from_product([["attn", "block"], [1, 4]], names=["tap", "encoder"])
+    again = pd.DataFrame({"accuracy": [0.5, 0.6, 0.7, 0.8], "snr": [2.0, 2.5, 3.0, 3.5]}, index=index)
+    rows = []
+    for seed, shift in ((0, 0.01), (1, 0.03), (2, -0.02)):
+        part = (again + shift).reset_index().assign(seed=seed, network="trained", centred=False)
+        rows += [part, part.assign(network="random", snr=9.0), part.assign(centred=True, snr=9.0)]
+    table = pd.concat(rows)
+    found = remeasure.compared(again, table, 0)
+    assert found.xs("agrees", axis=1, level=1).all(axis=None)
+    assert found["snr"].spread.to_numpy() == pytest.approx([0.05] * 4)
+    again.loc[("block", 4), "snr"] -= 0.05
+    agrees = remeasure.compared(again, table, 0)["snr"].agrees
+    assert agrees.tolist() == [True, True, True, False]

@@ -5,6 +5,7 @@ import json
 import parameters
 import pytest
 import regenerate
+import remeasure
 from walk import main
 
 # Real image sizes and networks; few images, labels, steps and thresholds
@@ -49,7 +50,10 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     assert {row["claim"] for row in summary["verdicts"]} == {"C1", "C2", "C3", "C4", "C5", "C6"}
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
-    assert regenerate.main([profile, "--stages", str(folders / "runs" / profile / "stages")]) == 0
+    stages = ["--stages", str(folders / "runs" / profile / "stages")]
+    assert regenerate.main([profile, *stages]) == 0
+    assert remeasure.main([profile, *stages]) == 0  # one seed, so no spread: the same numbers
+    assert remeasure.main([profile, "--seed", "7", *stages]) == 2  # there are no results of it
     assert (folders / "runs" / profile / "report.html").stat().st_size > 1e6
     text = capsys.readouterr().out
     assert "05_cnn_counterpart" in text and str(figures) in text and "failed" not in text

@@ -1,0 +1,78 @@
+"""One network measured again, from its committed weights and the images: does it agree with the committed results?
+
+python notebooks/remeasure.py PROFILE [--seed N] [--stages FOLDER]
+
+Trains the readouts of `attn` and `block` at the first, middle and last encoder anew, prints their accuracies and SNRs
+beside the committed ones, and ends with exit code 1 if one differs by more than the committed seeds differ among
+themselves (largest less smallest).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import parameters
+import stages
+
+from paperlib import readouts, snp, taps, training
+from paperlib.runs import Run
+
+KINDS = ("attn", "block")
+
+
+def measured(run: Run, seed: int) -> pd.DataFrame:
+    """encoder, tap -> accuracy (0..1), snr."""
+    network, _ = stages.load_network(run, seed, "trained")
+    images, last = run.images.to(training.best_device()), len(network.classifier.blocks)
+    places = [place for place in taps.places(network, KINDS) if place.encoder in {1, (last + 1) // 2, last}]
+    weights = stages.trained_readouts(run, network, places, images, seed)
+    found = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
+    rows = []
+    for place in places:
+        fields = snp.field_matrices(weights[place.name], found.class_means[place.name])
+        statistics = snp.tap_statistics(snp.boolean_matrices(fields, run.settings.threshold))
+        row = {"encoder": place.encoder, "tap": place.kind, "snr": statistics.snr}
+        rows.append(row | {"accuracy": found.correct[place.name].float().mean().item()})
+    return pd.DataFrame(rows).set_index(["tap", "encoder"]).sort_index()
+
+
+def compared(again: pd.DataFrame, table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """What was measured beside what is committed (first table of `stages.snr`, at one threshold): per statistic here,
+    committed (the same seed), spread (largest less smallest over seeds) and agrees."""
+    table = table[(table.network == "trained") & ~table.centred].set_index(["tap", "encoder"])
+    parts = {}
+    for name in ("accuracy", "snr"):
+        by_seed = table.pivot_table(index=["tap", "encoder"], columns="seed", values=name).reindex(again.index)
+        part = pd.DataFrame({"here": again[name], "committed": by_seed[seed]})
+        part["spread"] = by_seed.max(axis=1) - by_seed.min(axis=1)
+        parts[name] = part.assign(agrees=(part.here - part.committed).abs() <= part.spread)
+    return pd.concat(parts, axis=1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", choices=parameters.profiles())
+    parser.add_argument("--seed", type=int, default=0, help="which network (default: 0)")
+    parser.add_argument("--stages", type=Path, help="finished stages (default: the committed ones)")
+    options = parser.parse_args(arguments)
+    try:
+        committed = parameters.open_committed(options.profile, options.stages)
+        taps_table, _ = stages.snr(committed)
+        if options.seed not in committed.settings.seeds:
+            raise ValueError(f"there are no committed results of seed {options.seed}: use {committed.settings.seeds}")
+        run = parameters.open_run(options.profile, committed.settings.model_dump())
+        again = measured(run, options.seed)
+    except (OSError, ValueError) as error:
+        print(f"remeasure: {error}", file=sys.stderr)
+        return 2
+    at = taps_table[taps_table.threshold == run.settings.threshold]
+    table = compared(again, at, options.seed)
+    print(table.round(4).to_string())
+    agrees = bool(table.xs("agrees", axis=1, level=1).all(axis=None))
+    print(f"\n{'every' if agrees else 'NOT every'} number agrees within the spread over {at.seed.nunique()} seeds")
+    return 0 if agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
