@@ -329,9 +329,8 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
     encoders = sorted(table.encoder.unique())
     encoders = sorted({encoders[0], encoders[(len(encoders) - 1) // 2], encoders[-1]})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(encoders), figsize=(1.2 + 2.4 * len(encoders), 2.8), sharey=True, squeeze=False
-        )
+        size = (1.2 + 2.4 * len(encoders), 2.8)
+        figure, axes = plt.subplots(1, len(encoders), figsize=size, sharey=True, squeeze=False)
         for axis, encoder in zip(axes[0], encoders, strict=True):
             part = table[table.encoder == encoder]
             for nodes, colour in (("head", COLOURS[1]), ("across", COLOURS[0])):
@@ -375,9 +374,8 @@ def more_heads(table: pd.DataFrame, data: str) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
         labels = ("excess specialisation (nats)", "ablation gap (points)", "test accuracy (%)")
-        for axis, column, scale, label in zip(
-            axes, ("excess", "gap", "test_accuracy"), (1, 100, 100), labels, strict=True
-        ):
+        columns = ("excess", "gap", "test_accuracy")
+        for axis, column, scale, label in zip(axes, columns, (1, 100, 100), labels, strict=True):
             for kind, line in (("trained", "o-"), ("random", "x--")):
                 mean = scale * table[table.network == kind].groupby("heads")[column].mean()
                 if kind == "trained" or column == "excess":

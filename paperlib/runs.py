@@ -7,6 +7,7 @@ not computed again; what has is computed beside the old artefact, never over it.
 Committed results are stages without their large files (safetensors), which are computed again where they are needed.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -305,8 +306,9 @@ def _peak_gb(forget: bool = False) -> float:
     """The process's largest memory in GB, on Linux since the last call that forgets; a GPU's where there is one."""
     if forget and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):
         if forget:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier stages freed, glibc may still hold
             Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)

@@ -6,10 +6,19 @@ import pytest
 import torch
 import torchvision
 import vit_pytorch.cct as peer
+from torch import nn
 
 from paperlib.models import build as build_network
 from paperlib.models import cct, vgg
-from paperlib.models.cct import POSITIONAL_EMBEDDINGS, EncoderBlock, attention, attention_map, drop_path, random_tokens
+from paperlib.models.cct import (
+    POSITIONAL_EMBEDDINGS,
+    EncoderBlock,
+    Tokenizer,
+    attention,
+    attention_map,
+    drop_path,
+    random_tokens,
+)
 
 
 def seeded(seed=0):
@@ -73,6 +82,20 @@ def test_logits_equal_the_peers(name, image_size, positional_embedding, build):
         logits = ours(images)
         torch.testing.assert_close(logits, theirs(images), atol=1e-4, rtol=1e-4)
     assert logits.std(dim=0).min() > 0.01  # the images do make a difference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pooling_before_the_relu_changes_no_bit(dtype):
+    """The reference pools after its ReLU; with many ties, as bf16 has them, tokens and gradients are still the same."""
+    pool, relu, results = nn.MaxPool2d(3, stride=2, padding=1), nn.ReLU(), []
+    images = torch.randn(2, 8, 16, 16, generator=seeded()).to(dtype).round(decimals=1)
+    for order in ((relu, pool), (pool, relu)):
+        x = images.clone().requires_grad_()
+        y = nn.Sequential(*order)(x)
+        y.backward(torch.randn(y.shape, generator=seeded()).to(dtype))
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True)) and (images == 0).sum() > 50
+    assert [type(layer) for layer in Tokenizer(3, 1, 8).conv_layers[0]] == [nn.Conv2d, nn.MaxPool2d, nn.ReLU]
 
 
 def test_heads_change_the_computation_not_the_size(build):
