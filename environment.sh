@@ -5,9 +5,12 @@
 # of .venv, which is made on first use and brought up to date when the requirements change.
 
 # glibc hands large blocks back to the system when they are freed, and a training step gets them again a moment later,
-# page by page. Keeping them makes a step on a CPU 5 to 25 % faster (docs/speed.md).
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+# page by page. Keeping them makes steps on a CPU faster (docs/speed.md). Before 2.35, glibc refuses the first setting.
+glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null || true)
+if [ "$(printf '%s\n' 2.35 "${glibc#glibc }" | sort -V | head -n 1)" = 2.35 ]; then
+    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
+    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+fi
 
 : "${extras:?}"
 stamp=paperlib-requirements # a file in .venv: the checksum of what was installed, or "unfinished"

@@ -10,15 +10,15 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 KEPT = ("torch", "torchvision", "numpy")  # Colab's own builds fit its GPUs and each other
-OWN = ("jupyterlab",)  # Colab is its own front end
 
 
 def missing() -> list[str]:
-    """The project's requirements that this Python does not meet, as pip takes them."""
+    """The package's requirements that this Python does not meet, as pip takes them. Those of the notebooks are left
+    out: Colab has a front end, a kernel and widgets of its own, and crashes with others."""
     file = Path(__file__).parent.parent / "pyproject.toml"
     project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    named = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["notebooks"]])
-    return [str(one) for one in named if one.name not in OWN and not one.specifier.contains(_version(one.name) or "0")]
+    named = map(Requirement, project["dependencies"])
+    return [str(one) for one in named if not one.specifier.contains(_version(one.name) or "0", prereleases=True)]
 
 
 def prepare() -> None:

@@ -67,7 +67,7 @@ class Settings(BaseModel):
     readout_lr: Number = Field(gt=0, description="learning rate of a readout, times the root of its features")
     readout_l2: Penalty = Field(description="L2 penalty of the readouts")
     penalties: list[Penalty] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
-    penalty_taps: list[str] = Field(description="taps of that comparison, at the first, middle and last encoder")
+    penalty_taps: list[str] = Field(min_length=1, description="taps of that comparison; first, middle and last encoder")
     penalty_epochs: int = Field(ge=2, description="epochs of its readouts; half as many show what is still moving")
     threshold: Threshold = Field(description="a field above this share of the node's maximum counts")
     threshold_sweep: list[Threshold] = Field(description="thresholds for the sweep of notebook 02")
@@ -181,6 +181,7 @@ def changes_of(assignments: list[str]) -> dict[str, Any]:
 def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     """Check the settings, load the data, and open (or make) the folders of a run. Raises ValueError or OSError."""
     settings = load_settings(profile, changes)
+    pd.set_option("display.max_rows", 300)  # a notebook's tables are shown whole
     images = data.load(_located(settings.data), folder_of("data"), settings.image_size)
     if settings.weights == "reference":
         check_data(settings, images)

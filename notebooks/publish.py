@@ -23,11 +23,12 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("colab.py"):
-    if not os.path.isdir("{name}"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "{name}"], check=True)
-    os.chdir("{name}/notebooks")
-    sys.path[:0] = [os.path.abspath("."), os.path.abspath("..")]
+if "google.colab" in sys.modules:
+    if not os.path.exists("colab.py"):
+        if not os.path.isdir("{name}"):
+            subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "{name}"], check=True)
+        os.chdir("{name}/notebooks")
+        sys.path[:0] = [os.path.abspath("."), os.path.abspath("..")]
     import colab
 
     colab.prepare()"""
@@ -69,16 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
         print(f"publish: {address!r} is not of the form https://github.com/OWNER/NAME", file=sys.stderr)
         return 2
-    lines = []
+    notebooks, lines = {}, []
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         place = f"notebooks/{path.name}"
-        nbformat.write(published(nbformat.read(path, as_version=4), place, address), path)
+        notebooks[path] = published(nbformat.read(path, as_version=4), place, address)
         lines.append(f"* {path.stem.replace('_', ' ')}: {badges(address, place)}")
-    page = (root / "README.md").read_text(encoding="utf-8")
-    runs.write_text(root / "README.md", with_lines(page, MARKS, "\n".join(lines)))
-    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
-    citation = re.sub(r"^repository-code: .*\n", "", citation, flags=re.M)
+    try:
+        page = with_lines((root / "README.md").read_text(encoding="utf-8"), MARKS, "\n".join(lines))
+    except ValueError as error:
+        print(f"publish: README.md: {error}", file=sys.stderr)
+        return 2
+    citation = re.sub(r"^repository-code: .*\n", "", (root / "CITATION.cff").read_text(encoding="utf-8"), flags=re.M)
+    runs.write_text(root / "README.md", page)
     runs.write_text(root / "CITATION.cff", f"{citation}repository-code: {address}\n")
+    for path, notebook in notebooks.items():
+        nbformat.write(notebook, path)
     return 0
 
 

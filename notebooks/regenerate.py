@@ -31,7 +31,8 @@ def all_verdicts(run: Run) -> list[dict]:
     rows += verdicts.pruning(stages.pruning(run), name)
     rows += verdicts.modus_vivendi(stages.head_division(run)[2], name)
     _, nodes, correct = stages.both_halves(run)
-    rows += verdicts.unified(nodes, correct, name, labels)
+    penalties = {"cct": stages.penalties(run), "cnn": stages.penalties(stages.cnn_half(run))}
+    rows += verdicts.unified(nodes, correct, name, labels, penalties)
     return sorted(rows, key=lambda row: row["claim"])
 
 

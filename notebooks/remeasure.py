@@ -9,6 +9,7 @@ themselves (largest less smallest).
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +26,7 @@ def measured(run: Run, seed: int) -> pd.DataFrame:
     """encoder, tap -> accuracy (0..1), snr."""
     network, _ = stages.load_network(run, seed, "trained")
     images, last = run.images.to(training.best_device()), len(network.classifier.blocks)
-    places = [place for place in taps.places(network, KINDS) if place.encoder in {1, (last + 1) // 2, last}]
+    places = [place for place in taps.places(network, KINDS) if place.encoder in stages.first_middle_last(last)]
     weights = stages.trained_readouts(run, network, places, images, seed)
     found = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
     rows = []
@@ -43,10 +44,11 @@ def compared(again: pd.DataFrame, table: pd.DataFrame, seed: int) -> pd.DataFram
     table = table[(table.network == "trained") & ~table.centred].set_index(["tap", "encoder"])
     parts = {}
     for name in ("accuracy", "snr"):
-        by_seed = table.pivot_table(index=["tap", "encoder"], columns="seed", values=name).reindex(again.index)
+        by_seed = table.pivot(columns="seed", values=name).reindex(again.index)
         part = pd.DataFrame({"here": again[name], "committed": by_seed[seed]})
         part["spread"] = by_seed.max(axis=1) - by_seed.min(axis=1)
-        parts[name] = part.assign(agrees=(part.here - part.committed).abs() <= part.spread)
+        same = (part.here - part.committed).abs() <= part.spread
+        parts[name] = part.assign(agrees=same | (part.here.isna() & part.committed.isna()))
     return pd.concat(parts, axis=1)
 
 
@@ -62,6 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.seed not in committed.settings.seeds:
             raise ValueError(f"there are no committed results of seed {options.seed}: use {committed.settings.seeds}")
         run = parameters.open_run(options.profile, committed.settings.model_dump())
+        if options.stages:
+            run = replace(run, folder=options.stages.resolve().parent)
+        if run.settings.weights != "reference" and not (run.folder / "stages" / f"train-seed{options.seed}").exists():
+            raise ValueError(f"the network of seed {options.seed} is not in {run.folder}, and training one takes long")
         again = measured(run, options.seed)
     except (OSError, ValueError) as error:
         print(f"remeasure: {error}", file=sys.stderr)
@@ -70,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = compared(again, at, options.seed)
     print(table.round(4).to_string())
     agrees = bool(table.xs("agrees", axis=1, level=1).all(axis=None))
-    print(f"\n{'every' if agrees else 'NOT every'} number agrees within the spread over {at.seed.nunique()} seeds")
+    n = at.seed.nunique()
+    print(f"\n{'every' if agrees else 'NOT every'} number agrees within the spread of the seeds (n = {n})")
     return 0 if agrees else 1
 
 

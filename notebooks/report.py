@@ -17,6 +17,7 @@ import mistune
 import pandas as pd
 import parameters
 from store_outputs import CLAIMS
+from verdicts import of_claim
 
 from paperlib import runs
 
@@ -28,7 +29,8 @@ CAPTIONS = {
     "snr_per_encoder": (
         "02", "C2, C3",
         "Accuracy of linear readouts (left) and raw signal-to-noise ratio of single nodes (right) along the encoders.",
-        "Dashed: the same network with random weights, its readouts trained alike. Dotted: SNR of exchangeable labels.",
+        "Dashed: the same network with random weights, its readouts trained alike. Dash-dotted: readouts trained on "
+        "labels dealt to other images, first seed. Dotted: 1, exchangeable labels.",
     ),
     "threshold_sweep": (
         "02", "C3", "SNR of `block` for several thresholds of the Boolean matrices.", "Dashed: random weights.",
@@ -39,7 +41,7 @@ CAPTIONS = {
     ),
     "penalties": (
         "02", "C3",
-        "Readout accuracy, SNR, centred SNR and offset share for several L2 penalties; faint: after half the epochs.",
+        "Readout accuracy and SNR for several L2 penalties; faint: after half the epochs.",
         "Dashed: random weights.",
     ),
     "node": ("02", "C2", "Field and Boolean matrix of a typical node of the last encoder; clusters framed.", ""),
@@ -103,6 +105,7 @@ def page(profile: str, folder: Path) -> str:
     )
     return environment.get_template("report.html.j2").render(
         summary=summary,
+        words={claim: of_claim([row for row in summary["verdicts"] if row["claim"] == claim]) for claim in CLAIMS},
         claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
         figures=figures,
         card=parameters.card(settings).itertuples(name=None),

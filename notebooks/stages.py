@@ -18,7 +18,7 @@ from parameters import check_references, reference_name
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from verdicts import interval
+from verdicts import MASKS, interval
 
 from paperlib import andc, distributed, figures, heads, macroscopic, models, readouts, snp, taps, training
 from paperlib.data import Images, held_out, limit, normalise
@@ -70,7 +70,7 @@ def cnn_half(run: Run) -> Run:
     """The same walk with the CNN in the CCT's place."""
     s = run.settings
     changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
-    changes |= {"taps": ["conv"], "taps_once": [], "prune_once": []}
+    changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_once": []}
     half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
     check_references(half.settings)
     return half
@@ -185,8 +185,8 @@ def trained_readouts(run: Run, network, places, images: Images, seed: int, shuff
 def penalties(run: Run) -> pd.DataFrame:
     """Stage for the first seed: what the readouts' L2 penalty and their convergence do to accuracy and SNR.
 
-    network, encoder (first, middle, last), tap, l2 (a number, or `code` for the group's on unscaled activations),
-    epochs (penalty_epochs and half of it), accuracy (0..1), snr, snr_centred, offset_share.
+    network, encoder (or a CNN's layer; first, middle, last), tap, l2 (a number, or `code` for the group's on unscaled
+    activations), epochs (penalty_epochs and half of it), accuracy (0..1), snr, snr_centred, offset_share.
     """
     seed = run.settings.seeds[0]
     return pd.concat([_penalties(run, seed, kind).table("penalties") for kind in NETWORKS], ignore_index=True)
@@ -199,8 +199,9 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        last = len(network.classifier.blocks)
-        chosen = [tap for tap in taps.places(network, s.penalty_taps) if tap.encoder in {1, (last + 1) // 2, last}]
+        everywhere = taps.places(network, s.penalty_taps)
+        some = first_middle_last(max(tap.encoder for tap in everywhere))
+        chosen = [tap for tap in everywhere if tap.encoder in some]
         # One more tap for each penalty: it records what its twin records, and its readout trains in the same passes.
         places = [replace(tap, kind=f"{tap.kind}@{value}", heads=0) for tap in chosen for value in values]
 
@@ -231,6 +232,11 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
 def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
     return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
+
+
+def first_middle_last(encoders: int) -> list[int]:
+    """The encoders (from 1) that are looked at where all of them would be too many."""
+    return sorted({1, (encoders + 1) // 2, encoders})
 
 
 def moved_by_more_epochs(table: pd.DataFrame) -> pd.DataFrame:
@@ -291,6 +297,18 @@ HEAD_COLUMNS = [
 ]  # fmt: skip
 
 
+def after_the_last_encoder(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Why might the last encoder differ from the one before? `block` of both, and what follows it: its LayerNorm
+    (`norm`), the normalised tokens as SeqPool weighs them (`weighed`), and readouts that see one vector an image, the
+    network's own weighed sum (`seqpool`) and the mean (`pooled`), whose matrices have rank 1. First seed, both
+    networks; without `taps_once` there is `block` only."""
+    last = taps.encoder.max()
+    after = taps.tap.isin(("norm", "weighed", "seqpool", "pooled")) & (taps.encoder == last)
+    shown = taps[after | ((taps.tap == "block") & (taps.encoder >= last - 1))]
+    shown = shown[(shown.seed == taps.seed.iloc[0]) & shown.network.isin(NETWORKS)]
+    return summary_of_taps(shown, threshold)[["accuracy", "snr", "snr_centred", "offset_share", "labels_per_node"]]
+
+
 def summary_of_taps(taps: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Mean over seeds at one threshold: one row per network, tap and encoder, raw statistics and the centred SNR."""
     keys = ["network", "tap", "encoder"]
@@ -330,7 +348,7 @@ def examples(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         fields, rows, kept = source.tensors("fields_test"), [], {}
         found = {_encoder(tap): tap for tap in fields if tap.endswith(f".{kind}")}
-        for encoder in sorted({1, (len(found) + 1) // 2, len(found)}):
+        for encoder in first_middle_last(len(found)):
             along = fields[found[encoder]]
             nodes = snp.node_statistics(snp.boolean_matrices(along, run.settings.threshold))
             for what, node in chosen_nodes(nodes).items():
@@ -529,7 +547,8 @@ def pruning(run: Run) -> pd.DataFrame:
     threshold, draw, images (that scored it; draws of one control share the test images out among themselves), dilution,
     removable (ff1 nodes without connections), parameters and macs (of the whole network, without the zeros), accuracy,
     loss (of accuracy, against the unpruned network), loss_se (its standard error over
-    test images), retrained_accuracy, retrained_loss, retrained_loss_se (nan where not retrained); accuracies in 0..1.
+    test images), retrained_accuracy, retrained_loss, retrained_loss_se (against the unpruned network retrained alike;
+    nan where not retrained); accuracies in 0..1.
     """
     seeds, thresholds = run.settings.seeds, run.settings.prune_thresholds
     parts = [
@@ -558,15 +577,42 @@ def label_sets(run: Run, seed: int) -> Artefact:
     return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
 
 
+def unpruned(run: Run, seed: int) -> Artefact:
+    """Stage: what pruned networks are compared with. answers: intact, and where the settings retrain pruned networks
+    retrained (the same network after the same short training, without masks) -> (n_test,) bool."""
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        answers = {"intact": _right_answers(network, images)}
+        if run.settings.retrain_thresholds:
+            again = copy.deepcopy(network).requires_grad_(True)
+            answers["retrained"] = _retrained(run, again, images, seed, folder / "unpruned.pt")
+        save_arrays(folder / "answers.npz", answers)
+
+    config = run.config(*ARCHITECTURE, *TRAINING, "retrain_epochs", "retrain_lr")
+    config |= {"seed": seed, "retrained": bool(run.settings.retrain_thresholds)}
+    return run.stage(f"unpruned-seed{seed}", 1, config, inputs, make)
+
+
+def _retrained(run: Run, network: nn.Module, images: Images, seed: int, checkpoint: Path) -> Tensor:
+    """Right answers of a network after the short training of the settings."""
+    s = run.settings
+    short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
+    training.train(network, images, short, seed, checkpoint, log=lambda line: None)
+    return _right_answers(network, images)
+
+
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
-    source, first = readout(run, seed, "trained"), seed == s.seeds[0]
+    source, first, reference = readout(run, seed, "trained"), seed == s.seeds[0], unpruned(run, seed)
     network, inputs = load_network(run, seed, "trained")
     again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        intact = _right_answers(network, images)
+        before = {name: answers.to(images.x_test.device) for name, answers in reference.arrays("answers").items()}
+        intact = before["intact"]
         parameters, macs = sum(p.numel() for p in network.parameters()), _macs(network, images.x_test[:1])
         rows = []
         for method, draw, masks in _masks(run, network, images, label_sets(run, seed), seed, layers, threshold):
@@ -579,18 +625,16 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
             part = slice(draw % draws, None, draws) if method in DRAWN else slice(None)
             row |= {"images": len(intact[part])} | _loss("", intact[part], _right_answers(pruned, images, part))
             retrained = None
-            if again and draw == 0 and (first or method in ("andc", "random")):
-                short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
-                training.train(pruned, images, short, seed, folder / f"{method}.pt", log=lambda line: None)
-                retrained = _right_answers(pruned, images)
-            rows.append(row | _loss("retrained_", intact, retrained))
+            if again and draw == 0 and (first or method in MASKS):
+                retrained = _retrained(run, pruned, images, seed, folder / f"{method}.pt")
+            rows.append(row | _loss("retrained_", before.get("retrained", intact), retrained))
         run.log(f"pruning {layers} at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
     config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
-    inputs |= {"readouts": source.sha256}
-    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 3, config, inputs, make)
+    inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
+    return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
 
 
 def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):
@@ -650,6 +694,13 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in tables)
 
 
+def head_clusters(run: Run) -> pd.DataFrame:
+    """Heads as if each were one node: labels, clusters and noise of the matrix of a head with all others silenced, one
+    row per network, encoder and head; first seed, as heads have no order to average over."""
+    both = [_heads(run, run.settings.seeds[0], kind).table("heads") for kind in NETWORKS]
+    return pd.concat(both).drop(columns="seed").set_index(["network", "encoder", "head"])
+
+
 def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, one row per network and encoder."""
     return encoders.groupby(["network", "encoder"])[HEAD_COLUMNS].mean().round(4)
@@ -663,14 +714,14 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         s, labels = run.settings, run.images.y_test
         num_heads = network.classifier.blocks[0].self_attn.heads
-        found, correct = source.arrays("matrices"), right.arrays("correct")
+        found, correct, fields = source.arrays("matrices"), right.arrays("correct"), right.tensors("fields_test")
         intact = ablated = averaged = None
         if kind == "trained":
             images = run.images.to(training.best_device())
             intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
             if first:
                 averaged = _ablations(network, images, _means(network, images)).cpu()
-        label_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], []
+        label_rows, head_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], [], []
         for encoder in range(1, len(network.classifier.blocks) + 1):
             tap = f"{encoder}.attn"
             booleans = found[tap]
@@ -710,7 +761,11 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 columns["ablation_drop"] = None if drop is None else drop[:, head].tolist()
                 label_rows.append(pd.DataFrame({**row, **columns}))
             encoder_rows.append(row | summary)
+            whole = snp.boolean_matrices(heads.head_matrices(fields[tap], num_heads), s.threshold)
+            columns = {name: values.tolist() for name, values in asdict(snp.node_statistics(whole)).items()}
+            head_rows.append(pd.DataFrame({**row, "head": range(num_heads), **columns}))
         save_table(folder / "labels.csv", pd.concat(label_rows))
+        save_table(folder / "heads.csv", pd.concat(head_rows))
         save_table(folder / "encoders.csv", encoder_rows)
         mean = pd.DataFrame(encoder_rows).mean(numeric_only=True)
         low, high = interval(torch.stack(nulls).mean(dim=0))
@@ -723,7 +778,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         save_table(folder / "overall.csv", [overall])
 
     config = run.config("threshold", "permutations") | {"seed": seed, "first": first}
-    return run.stage(f"heads-{kind}-seed{seed}", 4, config, inputs, make)
+    return run.stage(f"heads-{kind}-seed{seed}", 5, config, inputs, make)
 
 
 def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:

@@ -5,8 +5,8 @@ python notebooks/store_outputs.py [PROFILE] [--unfinished]
 quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
 with other cells or parameters are refused. Other profiles: the executed notebooks become pages for readers without a
 kernel, figures/<profile>/pages/*.html, and the small files of the stages that summary.json names are copied to
-figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables of verdicts
-are made anew from the profiles' summary.json.
+figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables are made
+anew: of verdicts from the profiles' summary.json, of reference networks from their cards.
 
 A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more.
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import nbformat
 import parameters
+import references
+from verdicts import of_claim
 
 from paperlib import runs
 
@@ -29,6 +31,7 @@ CLAIMS = {
     "C5": "[each head becomes expert in its own labels](notebooks/04_head_modus_vivendi.ipynb)",
     "C6": "[accuracy follows from single nodes](notebooks/02_snr_per_encoder.ipynb)",
 }
+REFERENCES = ("<!-- reference networks: made by notebooks/store_outputs.py -->", "<!-- end of networks -->")
 MARKS = ("<!-- verdicts of {}: made by notebooks/store_outputs.py -->", "<!-- end of verdicts -->")
 
 
@@ -37,7 +40,10 @@ def verdict_table(summary: dict) -> str:
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
     named = set()
     for row in summary["verdicts"]:
-        claim = f"{row['claim']}: {CLAIMS[row['claim']]}" if row["claim"] not in named else ""
+        claim = ""
+        if row["claim"] not in named:
+            word = of_claim([other for other in summary["verdicts"] if other["claim"] == row["claim"]])
+            claim = f"{row['claim']}: {CLAIMS[row['claim']]}: **{word}**"
         named.add(row["claim"])
         effect = "" if row["effect"] is None else f"{row['effect']:.3f} ± {row['uncertainty']:.3f}"
         lines.append(f"| {claim} | {row['statistic']} | {effect} | {row['null']} | {row['verdict']} |")
@@ -50,7 +56,9 @@ def with_table(page: str, profile: str, table: str) -> str:
 
 
 def with_lines(page: str, marks: tuple[str, str], lines: str) -> str:
-    """The page with what stands between two marks replaced."""
+    """The page with what stands between two marks replaced; ValueError if they are not there once."""
+    if page.count(marks[0]) != 1 or marks[1] not in page.partition(marks[0])[2]:
+        raise ValueError(f"the lines {marks[0]} and, below it, {marks[1]} must be there once")
     before, rest = page.split(marks[0])
     return f"{before}{marks[0]}\n{lines}\n{marks[1]}{rest.split(marks[1], 1)[1]}"
 
@@ -72,32 +80,35 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode,
     return source
 
 
-def executed_notebooks(root: Path, profile: str) -> dict[Path, nbformat.NotebookNode]:
-    """The notebooks with the outputs of a walk, by their path; all of them or none."""
+def executed_notebooks(root: Path, profile: str) -> dict[Path, tuple[nbformat.NotebookNode, nbformat.NotebookNode]]:
+    """Every notebook with the outputs of a walk, and the walk's own copy of it, by its path; all of them or none."""
     notebooks = {}
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        executed = runs.folder_of("runs") / profile / path.name
         try:
-            notebooks[path] = with_outputs(*(nbformat.read(file, as_version=4) for file in (path, executed)), profile)
+            executed = nbformat.read(runs.folder_of("runs") / profile / path.name, as_version=4)
+            notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed, profile), executed
         except (ValueError, OSError) as error:
             sys.exit(f"{path.name}: {error}")
     return notebooks
 
 
-def store_pages(notebooks: dict[Path, nbformat.NotebookNode], target: Path) -> None:
-    """The executed notebooks as pages for readers without a kernel."""
+def store_pages(notebooks: dict[Path, tuple], target: Path) -> None:
+    """A walk's copies of the notebooks, with its parameters, as pages for readers without a kernel."""
     from nbconvert import HTMLExporter  # here, because only this takes it
 
     target.mkdir(parents=True, exist_ok=True)
-    for path, notebook in notebooks.items():
-        page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    for path, (_, executed) in notebooks.items():
+        page, _ = HTMLExporter().from_notebook_node(executed, {"metadata": {"name": path.stem}})
         runs.write_text(target / f"{path.stem}.html", page)
 
 
 def finished_stages(folder: Path) -> dict[str, str]:
-    """The latest finished stage of each name: stage -> key."""
-    done = sorted(folder.glob("*/*/stage.json"), key=lambda path: path.stat().st_mtime)
-    return {path.parent.parent.name: path.parent.name for path in done}
+    """The finished stages: stage -> key. ValueError if one was computed with several settings."""
+    found: dict[str, str] = {}
+    for name, key in sorted(path.parent.parts[-2:] for path in folder.glob("*/*/stage.json")):
+        if found.setdefault(name, key) != key:
+            raise ValueError(f"{folder / name} has several finished stages: remove those of other settings")
+    return found
 
 
 def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
@@ -129,11 +140,16 @@ def main(arguments: list[str] | None = None) -> int:
             settings = parameters.load_settings(profile)
             if settings.weights != "reference":
                 raise ValueError(f"{profile} trains networks of its own, so its stages fit nobody else's")
-            store_stages(finished_stages(kept) | finished_stages(made), made, kept)
+            before, now = finished_stages(kept), finished_stages(made)
+            now = {name: key for name, key in now.items() if "train-" not in name}
+            if other := sorted(name for name in before.keys() & now if before[name] != now[name]):
+                places = f"{kept / other[0]} or {made / other[0]}"
+                raise ValueError(f"{other[0]} is stored with other settings: remove {places}")
+            store_stages(before | now, made, kept)
             return 0
         summary = runs.read_json(figures / "summary.json")
         if profile == "quick":
-            for path, notebook in executed_notebooks(root, profile).items():
+            for path, (notebook, _) in executed_notebooks(root, profile).items():
                 nbformat.write(notebook, path)
         elif summary["config"]["weights"] != "reference":
             raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
@@ -145,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     page = root / "README.md"
     text = page.read_text(encoding="utf-8")
     if MARKS[0].format(profile) in text:
-        runs.write_text(page, with_table(text, profile, verdict_table(summary)))
+        text = with_table(text, profile, verdict_table(summary))
+    runs.write_text(page, with_lines(text, REFERENCES, references.table()))
     return 0
 
 

@@ -173,12 +173,8 @@ def _images(name: str, x_train, y_train, x_test, y_test, classes) -> Images:
     side, tensors = np.shape(x_train)[1:2], []
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         x, y = np.asarray(x), np.asarray(y)
-        if (
-            x.dtype != np.uint8
-            or x.shape != (len(x), *side, *side, 3)
-            or y.dtype.kind not in "iu"
-            or y.shape != x.shape[:1]
-        ):
+        fits = x.dtype == np.uint8 and x.shape == (len(x), *side, *side, 3)
+        if not fits or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise ValueError(
                 f"{name}: x_{part} must be (n, S, S, 3) uint8, S the same everywhere, and y_{part} one whole number an "
                 f"image, not {x.shape} {x.dtype} and {y.shape} {y.dtype}"

@@ -72,15 +72,15 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
 
 
 def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list[str]) -> Figure:
-    """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds, with the random network
-    dashed (first table of `stages.snr`)."""
+    """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds; dashed: random network,
+    dash-dotted: readouts of shuffled labels (first table of `stages.snr`)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(7, 3))
         raw = taps[(taps.threshold == threshold) & ~taps.centred]
         shown = sorted(shown, key=list(TAP_COLOURS).index)
         for axis, column, scale in ((axes[0], "accuracy", 100), (axes[1], "snr", 1)):
             for tap in shown:
-                for kind, line in (("trained", "o-"), ("random", "x--")):
+                for kind, line in (("trained", "o-"), ("random", "x--"), ("shuffled", "-.")):
                     _curve(axis, raw[(raw.tap == tap) & (raw.network == kind)], column, scale, line, TAP_COLOURS[tap])
         axes[0].set(xlabel="encoder", ylabel="readout accuracy (%)", ylim=(0, None))
         axes[1].set(xlabel="encoder", ylabel="SNR")
@@ -88,7 +88,8 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list
         for tap in shown:
             axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
         axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
-        figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8)
+        axes[0].plot([], [], "-.", color="grey", label="shuffled labels")
+        figure.legend(loc="outside lower center", ncols=len(shown) + 2, fontsize=8)
         return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
 
 
@@ -119,8 +120,7 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
     """SNR of one tap along the encoders for every threshold, trained (solid) and random (dashed)."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4.4, 3))
-        part = taps[(taps.tap == tap) & ~taps.centred]
-        thresholds = sorted(part.threshold.unique())
+        thresholds = sorted((part := taps[(taps.tap == tap) & ~taps.centred]).threshold.unique())
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(thresholds)))
         for threshold, colour in zip(thresholds, colours, strict=True):
             for kind, line in (("trained", "o-"), ("random", "x--")):
@@ -140,7 +140,8 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
         part = table[table.encoder > 1]
         for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
             size = 4 + 4 * np.log2(part["size"])
-            image = axis.scatter(100 * part[column], 100 * part.measured, size, part.encoder, cmap="viridis", alpha=0.6)
+            style = {"cmap": "viridis", "alpha": 0.6, "rasterized": True}  # thousands of points
+            image = axis.scatter(100 * part[column], 100 * part.measured, size, part.encoder, **style)
             axis.plot([0, 100 * part.measured.max()], [0, 100 * part.measured.max()], color="grey", ls=":")
         axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
         axes[1].set(xlabel="as many nodes of encoder 1 (%)")
@@ -171,7 +172,7 @@ def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Fi
 def penalties(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy and SNR of each tap at three encoders for several L2 penalties of the readouts; faint: half the epochs;
     dashed: random network (`stages.penalties`)."""
-    taps, values = sorted(table.tap.unique(), key=list(TAP_COLOURS).index), list(table.l2.astype(str).unique())
+    taps, values = list(table.tap.unique()), list(table.l2.astype(str).unique())
     colours = dict(zip(values, plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values))), strict=True))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(taps), figsize=(1.6 + 2.2 * len(taps), 4), squeeze=False, sharex=True)
@@ -257,8 +258,9 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
         figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
         whole = table[table.method == "andc"]  # scored on all test images
         for axis, layers in zip(axes[0], parts, strict=True):
-            intact = (whole.accuracy + whole.loss)[whole.layers == layers].groupby(whole.seed).mean().mean()
-            axis.axhline(100 * intact, color="black", lw=0.8, ls=":", label="unpruned")
+            for prefix, line in (("", ":"), ("retrained_", "--")):
+                level = (whole[f"{prefix}accuracy"] + whole[f"{prefix}loss"])[whole.layers == layers].mean()
+                axis.axhline(100 * level, color="black", lw=0.8, ls=line, label="unpruned" if line == ":" else None)
             for method, colour in METHOD_COLOURS.items():
                 part = table[(table.method == method) & (table.layers == layers)]
                 columns = ["dilution", "accuracy", "retrained_accuracy", "loss"]

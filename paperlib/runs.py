@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from paperlib import data, files, training
+from paperlib import __version__, data, files, training
 
 ANEW = "restore it, or remove it, and it is made anew"
 
@@ -266,9 +266,10 @@ def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware of this process, for the run card."""
-    packages = ("paperlib", "torch", "torchvision", "numpy", "matplotlib", "pandas")
+    packages = ("torch", "torchvision", "numpy", "matplotlib", "pandas")
     return {
         "python": platform.python_version(),
+        "paperlib": __version__,
         **{name: package_version(name) for name in packages},
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -306,9 +307,10 @@ def _peak_gb(forget: bool = False) -> float:
     """The process's largest memory in GB, on Linux since the last call that forgets; a GPU's where there is one."""
     if forget and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError, AttributeError):
-        if forget:
+    if forget:
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what earlier stages freed, glibc may still hold
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)

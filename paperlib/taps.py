@@ -42,8 +42,11 @@ CCT_TAPS = {
 }
 
 
-# What follows the last encoder: its LayerNorm, and the normalised tokens as SeqPool weighs them
-AFTER_CCT = {"norm": "classifier.norm", "weighed": "classifier.weighed"}
+# What follows the last encoder: its LayerNorm, the normalised tokens as SeqPool weighs them, and their sum
+AFTER_CCT = {
+    "norm": ("classifier.norm", "output"), "weighed": ("classifier.weighed", "output"),
+    "seqpool": ("classifier.fc", "input"),
+}  # fmt: skip
 
 
 def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
@@ -62,7 +65,7 @@ def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
                 path = f"classifier.blocks.{index}.{module}".rstrip(".")
                 heads = blocks[0].self_attn.heads if kind == "attn" else 0
                 taps.append(Tap(index + 1, kind, path, side, heads, kind == "pooled"))
-    return taps + [Tap(len(blocks), kind, AFTER_CCT[kind]) for kind in kinds if kind in AFTER_CCT]
+    return taps + [Tap(len(blocks), kind, *AFTER_CCT[kind]) for kind in kinds if kind in AFTER_CCT]
 
 
 def cnn_taps(network: nn.Module) -> list[Tap]:

@@ -23,7 +23,7 @@ from paperlib.augmentation import published
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
-CURVE_POINTS = 30  # a learning curve has so many test accuracies, or as many as epochs
+CURVE_POINTS = 30  # a learning curve has at most so many test accuracies
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
 
@@ -127,12 +127,12 @@ def train(
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
     One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1; in the training's
-    precision, the last one in fp32; None between the `CURVE_POINTS`), seconds. With `checkpoint`, the state is saved
-    after each epoch (written whole or not at all) and a later call with the same recipe and seed goes on from there:
-    every random number derives from (seed, purpose, epoch), so an interrupted training ends like an uninterrupted one.
-    Raises ValueError for a checkpoint that does not fit, FloatingPointError with the step at which the loss stopped
-    being finite (the last good checkpoint stays). Under `paperlib.distributed` every rank calls this and takes its
-    share of each batch; rank 0's checkpoint counts.
+    precision, the last one in fp32; None at most epochs of a training longer than `CURVE_POINTS`), seconds. With
+    `checkpoint`, the state is saved after each epoch (written whole or not at all) and a later call with the same
+    recipe and seed goes on from there: every random number derives from (seed, purpose, epoch), so an interrupted
+    training ends like an uninterrupted one. Raises ValueError for a checkpoint that does not fit, FloatingPointError
+    with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
+    every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
     """
     rank, ranks = distributed.place()
     device = data.x_train.device

@@ -13,8 +13,9 @@ import tomllib
 import nbformat
 import parameters
 import pytest
+import references
 import yaml
-from store_outputs import verdict_table, with_table
+from store_outputs import REFERENCES, verdict_table, with_lines, with_table
 from walk import _chosen, parser
 
 from paperlib import runs
@@ -90,7 +91,7 @@ def test_notebooks_are_valid_and_thin(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert len(notebook.cells) <= 28
+    assert len(notebook.cells) <= 30
     for cell in code_cells(path):
         if "published" in cell.metadata.get("tags", []):
             continue  # fetches the project in Colab, see test_publish.py
@@ -188,6 +189,11 @@ def test_the_readme_shows_the_committed_verdicts(profile):
     page = (ROOT / "README.md").read_text()
     summary = json.loads((ROOT / "figures" / profile / "summary.json").read_text())
     assert with_table(page, profile, verdict_table(summary)) == page
+
+
+def test_the_readme_shows_the_committed_networks():
+    page = (ROOT / "README.md").read_text()
+    assert with_lines(page, REFERENCES, references.table()) == page
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Published notebooks open in Colab: badges that point at themselves, and a cell that fetches what is missing there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -72,15 +73,30 @@ def test_an_address_of_another_form_is_refused(address, copy, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_without_its_place_in_the_readme_nothing_is_written(copy, capsys):
+    (copy / "README.md").write_text("# a page of one's own")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert publish.main([ADDRESS]) == 2
+    assert "README.md" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 IMITATION = """
-import json, os, sys, types
+import importlib.metadata, json, os, sys, types
 sys.modules["google.colab"] = types.ModuleType("google.colab")
+known = importlib.metadata.version
+def version(name):  # Colab has not installed the project
+    if name == "paperlib":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.version = version
 for cell in json.loads(sys.argv[1]):
     exec(cell)
-    exec(sys.argv[2])  # again, as after a restart in the same folder
+exec(sys.argv[2])  # whoever runs that cell twice loses nothing
+run.record("01_train_cct", {}, [])
 import paperlib
 print(os.path.abspath(paperlib.__file__))
-print(len(run.images.classes), os.getcwd())
+print(len(run.images.classes), os.getcwd(), run.figures)
 """
 
 
@@ -90,18 +106,21 @@ def test_in_colab_a_notebook_fetches_the_project(tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "01_train_cct.ipynb", as_version=4)
     cells = publish.published(notebook, "notebooks/01_train_cct.ipynb", ADDRESS).cells
     code = [cell.source.replace(ADDRESS, ROOT.as_uri()) for cell in cells if cell.cell_type == "code"][:3]
-    done = subprocess.run(
-        [sys.executable, "-c", IMITATION, json.dumps(code), code[1]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    here, opened = done.stdout.splitlines()[-2:]
-    assert here == str(tmp_path / "companion" / "paperlib" / "__init__.py")
-    assert opened == f"100 {tmp_path / 'companion' / 'notebooks'}"
-    assert ("No GPU" in done.stdout) != torch.cuda.is_available()
+    inside = {name: value for name, value in os.environ.items() if not name.startswith("PAPERLIB_")}
+    for _ in range(2):  # the second kernel finds the clone
+        command = [sys.executable, "-c", IMITATION, json.dumps(code), code[1]]
+        done = subprocess.run(command, cwd=tmp_path, env=inside, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        here, opened = done.stdout.splitlines()[-2:]
+        place = tmp_path / "companion"
+        assert here == str(place / "paperlib" / "__init__.py")
+        assert opened == f"100 {place / 'notebooks'} {place / 'figures' / 'quick'}"
+        assert ("No GPU" in done.stdout) != torch.cuda.is_available()
 
 
 def test_colab_keeps_its_torch(monkeypatch):
     have = {"torch": "2.9.0+cu126", "torchvision": "0.24.0+cu126", "numpy": "2.0.2", "pandas": "1.5.0"}
+    have |= {"ipykernel": "6.17.1", "ipywidgets": "7.7.1"}
     monkeypatch.setattr(colab, "_version", have.get)
     commands = []
 
@@ -111,8 +130,8 @@ def test_colab_keeps_its_torch(monkeypatch):
     monkeypatch.setattr(colab.subprocess, "run", run)
     colab.prepare()
     (command,) = commands
-    assert {"papermill>=2.5", "safetensors>=0.4", "pandas>=2.1"} <= set(command)  # missing, or too old
-    assert not any(word.startswith(("torch>", "torchvision", "numpy", "jupyterlab")) for word in command[1:-1])
+    assert {"pydantic>=2", "safetensors>=0.4", "pandas>=2.1"} <= set(command)  # missing, or too old
+    assert not any(word.startswith(("torch>", "torchvision", "numpy", "ipy", "jupyter")) for word in command[1:-1])
     assert command[-2:] == ["-c", "torch==2.9.0+cu126\ntorchvision==0.24.0+cu126\nnumpy==2.0.2"]
 
 

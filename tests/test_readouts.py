@@ -104,12 +104,13 @@ def test_taps_equal_the_equations_of_the_block(network):
 
 def test_taps_after_the_last_encoder_lead_to_the_logits(network):
     images = torch.randn(2, 3, 16, 16, generator=seeded())
-    recorded = record(network, ["block", "pooled", "norm", "weighed"], images)
+    recorded = record(network, ["block", "pooled", "norm", "weighed", "seqpool"], images)
     classifier = network.classifier
     assert [tap.name for tap in taps.cct_taps(network, ["weighed", "pooled"])] == ["1.pooled", "2.pooled", "2.weighed"]
     with torch.no_grad():
         torch.testing.assert_close(recorded["2.norm"], classifier.norm(recorded["2.block"]))
         torch.testing.assert_close(classifier.fc(recorded["2.weighed"].sum(dim=1)), network(images))
+        torch.testing.assert_close(classifier.fc(recorded["2.seqpool"][:, 0]), network(images))
     for encoder in (1, 2):
         mean = recorded[f"{encoder}.block"].mean(dim=1, keepdim=True)
         torch.testing.assert_close(recorded[f"{encoder}.pooled"], mean)

@@ -68,6 +68,27 @@ def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
 
 
 @pytest.mark.slow
+def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(folders):
+    few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_once": []}
+    run = parameters.open_run("quick", few | {"retrain_thresholds": [0.4], "retrain_lr": 0.01})
+    table, answers = stages.pruning(run), stages.unpruned(run, 0).arrays("answers")
+    assert answers.keys() == {"intact", "retrained"} and not torch.equal(answers["intact"], answers["retrained"])
+    whole = table[table.images == len(run.images.x_test)]
+    for prefix, name in (("", "intact"), ("retrained_", "retrained")):
+        assert set(table.dropna(subset=f"{prefix}loss").method) == {
+            "andc",
+            "magnitude",
+            "activation",
+            "random",
+            "permuted",
+        }
+        level = (whole[f"{prefix}accuracy"] + whole[f"{prefix}loss"]).dropna()
+        assert len(level) and level.to_numpy() == pytest.approx(answers[name].float().mean().item())
+    untouched = stages.unpruned(parameters.open_run("quick", few | {"retrain_thresholds": []}), 0)
+    assert untouched.arrays("answers").keys() == {"intact"}
+
+
+@pytest.mark.slow
 def test_other_numbers_of_heads_are_walked_too(folders):
     few = CUT | {"limit": 200, "many_heads": [1, 2], "permutations": 50, "taps": ["attn", "block"]}
     run = parameters.open_run("quick", few)

@@ -1,7 +1,8 @@
 """Committed results: what a summary names, without large files, and nothing else."""
 
+import html
 import json
-import os
+import re
 import shutil
 
 import nbformat
@@ -44,36 +45,39 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
         store_outputs.store_stages(used | {"snr-trained-seed0": "0" * 16}, run.folder / "stages", target)
 
 
-def test_stages_of_an_unfinished_walk_are_stored(folders, monkeypatch, capsys):
-    """Newest first; what was stored before stays unless it was made anew."""
+def test_stages_of_an_unfinished_walk_are_stored(folders, monkeypatch):
+    """What was stored before stays; two versions of a stage are refused."""
     monkeypatch.setattr(runs, "root", lambda: folders)
     monkeypatch.setattr(parameters, "profiles", lambda: ["cifar100-cpu"])
     settings = parameters.Settings.model_construct(weights="trained")
     monkeypatch.setattr(parameters, "load_settings", lambda profile: settings)
     made, kept = (folders / place / "cifar100-cpu" / "stages" for place in ("runs", "figures"))
-    for time, (folder, files) in enumerate(
-        [
-            (kept / "snr-seed0" / "old", ["stage.json", "taps.csv"]),
-            (kept / "examples-seed0" / "same", ["stage.json"]),
-            (made / "snr-seed0" / "new", ["stage.json", "taps.csv"]),
-            (made / "snr-seed0" / "newest", ["taps.csv"]),  # not finished
-            (made / "readouts-seed0" / "key", ["stage.json", "correct.npz", "weights.safetensors"]),
-        ]
-    ):
+
+    def put(folder, *names):
         folder.mkdir(parents=True)
-        for name in files:
+        for name in names:
             (folder / name).write_text("{}")
-            os.utime(folder / name, (time, time))
+
+    put(kept / "examples-seed0" / "same", "stage.json")
+    put(made / "snr-seed0" / "new", "stage.json", "taps.csv")
+    put(made / "train-seed0" / "key", "stage.json", "curve.csv")  # a network of one's own
+    put(made / "snr-seed0" / "unfinished", "taps.csv")
+    put(made / "readouts-seed0" / "key", "stage.json", "correct.npz", "weights.safetensors")
     with pytest.raises(SystemExit, match="networks of its own"):
         store_outputs.main(["cifar100-cpu", "--unfinished"])
-    monkeypatch.setattr(
-        parameters, "load_settings", lambda profile: settings.model_copy(update={"weights": "reference"})
-    )
+    settings = settings.model_copy(update={"weights": "reference"})
     assert store_outputs.main(["cifar100-cpu", "--unfinished"]) == 0
     assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
         "snr-seed0/new/stage.json", "snr-seed0/new/taps.csv", "examples-seed0/same/stage.json",
         "readouts-seed0/key/stage.json", "readouts-seed0/key/correct.npz",
     }  # fmt: skip
+    put(kept / "matrices-seed0" / "old", "stage.json")
+    put(made / "matrices-seed0" / "new", "stage.json")
+    with pytest.raises(SystemExit, match="matrices-seed0 is stored with other settings"):
+        store_outputs.main(["cifar100-cpu", "--unfinished"])
+    put(made / "snr-seed0" / "cut", "stage.json")  # with other settings: nobody knows which one is meant
+    with pytest.raises(SystemExit, match="several finished stages"):
+        store_outputs.main(["cifar100-cpu", "--unfinished"])
 
 
 def executed_copies(folder, parameters):
@@ -94,7 +98,9 @@ def test_executed_notebooks_become_pages(folders):
     pages = {path.stem: path.read_text() for path in (folders / "pages").iterdir()}
     assert pages.keys() == {path.stem for path in notebooks}
     for name, page in pages.items():
-        assert f"<title>{name}</title>" in page and "data:image/png" in page and "settings = {}" not in page
+        assert f"<title>{name}</title>" in page and "data:image/png" in page
+        text = html.unescape(re.sub("<[^>]+>", "", page))
+        assert 'profile = "cifar100-cpu"' in text  # the walk's own parameters
     assert "Applied nodal diagonal connections" in pages["03_andc_pruning"]
 
 

@@ -146,12 +146,9 @@ class TransformerClassifier(nn.Module):
         else:
             self.positional_emb = None
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(
-                width, heads, ff_width, dropout, attention_dropout, stochastic_depth * index / max(1, blocks - 1)
-            )
-            for index in range(blocks)
-        )
+        rates = [stochastic_depth * index / max(1, blocks - 1) for index in range(blocks)]
+        shape = (width, heads, ff_width, dropout, attention_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(*shape, rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.attention_pool = nn.Linear(width, 1)
         self.weighed = nn.Identity()  # a place to tap: tokens as SeqPool weighs them
