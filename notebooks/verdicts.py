@@ -127,8 +127,7 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
         intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, _ in found), strict=True)]
         text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
         beaten = all(all(part) for _, _, part in found) and all(always for always, _ in tried)
-        null = RANDOM_NETWORK
-        null += "".join(f"; {half}: {text[2:]}" for (half, _), (_, text) in zip(halves, tried, strict=True) if text)
+        null = RANDOM_NETWORK + "".join(f"; {half}{text}" for (half, _), (_, text) in zip(halves, tried, strict=True))
         rows.append(verdict("C1", data, text, effects, intervals, null, beaten))
     return rows
 

@@ -355,7 +355,7 @@ def test_cnn_and_transformer_must_agree(curve, word):
     tried["cnn"] = penalty_table(code=(0.3, 0.2, 0.1)).replace("block", "conv")  # one penalty fails in one half
     rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L, tried)
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all("cnn: fails for the penalties code" in row["null"] for row in rows)
+    assert all("cnn; fails for the penalties code" in row["null"] for row in rows)
 
 
 def retrained_table(permuted_loss):
