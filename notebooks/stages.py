@@ -599,7 +599,8 @@ def _retrained(run: Run, network: nn.Module, images: Images, seed: int, checkpoi
     """Right answers of a network after the short training of the settings."""
     s = run.settings
     short = replace(recipe(run), epochs=s.retrain_epochs, lr=s.retrain_lr, warmup=0.0, token_share=1.0)
-    training.train(network, images, short, seed, checkpoint, log=lambda line: None)
+    unscored = replace(images, x_test=images.x_test[:0], y_test=images.y_test[:0])  # scored once, below
+    training.train(network, unscored, short, seed, checkpoint, log=lambda line: None)
     return _right_answers(network, images)
 
 
@@ -635,6 +636,61 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
     inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
+
+
+def pruned_readouts(run: Run) -> pd.DataFrame:
+    """Stage for every seed: ANDC on readouts, where the weights from a node to a label stay iff the node recognises it;
+    the taps of the settings whose nodes were looked at on held-out images.
+
+    seed, encoder, tap, threshold, method (andc, permuted, random), dilution, whole (accuracy of the readout before) and
+    accuracy, on the test images, 0..1.
+    """
+    return pd.concat([_pruned_readouts(run, seed).table("readouts") for seed in run.settings.seeds], ignore_index=True)
+
+
+def summary_of_readouts(readouts: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds and encoders, one row per tap and threshold: dilution, accuracy whole and for each mask."""
+    means = readouts.groupby(["tap", "threshold", "method"])[["dilution", "whole", "accuracy"]].mean()
+    return means.xs("andc", level="method")[["dilution", "whole"]].join(means.accuracy.unstack()).round(3)
+
+
+def _pruned_readouts(run: Run, seed: int) -> Artefact:
+    source, recognised = readout(run, seed, "trained"), label_sets(run, seed)
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images, sets = run.images.to(training.best_device()), recognised.arrays("sets")
+        measured = {name.partition("/")[2] for name in sets}
+        places = [tap for tap in taps.cct_taps(network, run.settings.taps) if tap.name in measured]
+        correct, read = source.arrays("correct"), source.tensors("weights")
+        weights = {tap.name: read[tap.name].to(images.x_test.device) for tap in places}
+        rows, masks = [], {tap.name: [] for tap in places}
+        for tap in places:
+            pairs = {tap.name: (tap.name, "labels")}
+            for at in run.settings.prune_thresholds:
+                generator = training.generator(seed, "readout masks", tap.name, at)
+                own = {tap.name: sets[f"{at:g}/{tap.name}"]}
+                andc_masks = andc.andc_masks(own, pairs)
+                others = {"permuted": andc.andc_masks(andc.permuted_labels(own, generator), pairs)}
+                others["random"] = andc.random_masks(andc_masks, generator)
+                for method, found in ({"andc": andc_masks} | others).items():
+                    masks[tap.name].append(found[tap.name])
+                    row = {"seed": seed, "encoder": tap.encoder, "tap": tap.kind, "threshold": at, "method": method}
+                    whole = correct[tap.name].float().mean().item()
+                    rows.append(row | {"dilution": andc.dilution(found), "whole": whole})
+        kept = {name: torch.stack(found).float().to(images.x_test.device) for name, found in masks.items()}  # (M, L, D)
+        right = {name: 0 for name in kept}
+        for batch, labels in _batches(network, places, images.x_test, images.y_test, images):
+            for name in right:
+                fields = macroscopic.node_fields(batch[name], weights[name])
+                answers = torch.einsum("dnl,mld->mnl", fields, kept[name]).argmax(dim=2)
+                right[name] += (answers == labels).sum(dim=1)
+        accuracies = torch.cat([right[tap.name] for tap in places]).cpu() / len(images.y_test)
+        save_table(folder / "readouts.csv", pd.DataFrame(rows).assign(accuracy=accuracies))
+
+    config = run.config("taps", "prune_thresholds") | {"seed": seed}
+    inputs |= {"readouts": source.sha256, "sets": recognised.sha256}
+    return run.stage(f"pruned-readouts-seed{seed}", 1, config, inputs, make)
 
 
 def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):

@@ -127,8 +127,8 @@ def train(
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
     One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1; in the training's
-    precision, the last one in fp32; None at most epochs of a training longer than `CURVE_POINTS`), seconds. With
-    `checkpoint`, the state is saved after each epoch (written whole or not at all) and a later call with the same
+    precision, the last one in fp32; None without test images, and at most epochs of more than `CURVE_POINTS`), seconds.
+    With `checkpoint`, the state is saved after each epoch (written whole or not at all), and a later call with the same
     recipe and seed goes on from there: every random number derives from (seed, purpose, epoch), so an interrupted
     training ends like an uninterrupted one. Raises ValueError for a checkpoint that does not fit, FloatingPointError
     with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
@@ -195,7 +195,7 @@ def train(
                 "lower lr, or look for odd images"
             )
         test, last = None, epoch + 1 == recipe.epochs
-        if last or (epoch + 1) % -(-recipe.epochs // CURVE_POINTS) == 0:
+        if len(data.x_test) and (last or (epoch + 1) % -(-recipe.epochs // CURVE_POINTS) == 0):
             with autocast("fp32" if last else recipe.precision, device):
                 test = accuracy(network, data)
         row = {"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test}

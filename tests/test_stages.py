@@ -42,6 +42,26 @@ def test_no_test_image_decides_a_mask(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_pruned_readouts_are_readouts_with_zeros(run):
+    """The accuracy of a masked readout is what measuring with zeroed weights gives, and fewer weights are kept at a
+    higher threshold."""
+    table = stages.pruned_readouts(run)
+    assert set(table.tap) == {"block", "ff2"} and set(table.method) == {"andc", "permuted", "random"}
+    along = table[table.method == "andc"].pivot(index=["tap", "encoder"], columns="threshold", values="dilution")
+    assert (along.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None) and along.iloc[:, -1].min() > 0.5
+    network, _ = stages.load_network(run, 0, "trained")
+    place = cct_taps(network, ["ff2"])[3]
+    weight = stages.readout(run, 0, "trained").tensors("weights")[place.name].clone()
+    recognised = stages.label_sets(run, 0).arrays("sets")[f"0.4/{place.name}"]  # (D, L)
+    weight *= recognised.T[:, None]
+    images = run.images
+    shown = images.x_test, images.y_test, *images.statistics
+    measured = readouts.measure(network, [place], {place.name: weight}, *shown)
+    row = table.query("tap == 'ff2' and encoder == 4 and threshold == 0.4 and method == 'andc'")
+    assert row.accuracy.item() == pytest.approx(measured.correct[place.name].float().mean().item(), abs=2e-3)
+
+
+@pytest.mark.slow
 def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
     """The matrices behind the masks are those of the held-out images alone, with the readouts of the others."""
     seen = []

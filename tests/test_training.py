@@ -89,6 +89,10 @@ def test_a_long_curve_is_scored_at_some_epochs_and_at_the_last(monkeypatch):
     assert [row["test_accuracy"] is not None for row in sparse] == [False, True, False, True, True]
     assert [dense | {"test_accuracy": row["test_accuracy"]} for dense, row in zip(curve, sparse, strict=True)] == sparse
     assert sparse[3] == curve[3] and sparse[4] == curve[4] and ["accuracy" in line for line in lines].count(True) == 3
+    data = toy()
+    unscored = replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])
+    rows = train(small(), unscored, replace(RECIPE, epochs=5), 0, log=quiet)
+    assert [row | {"test_accuracy": None} for row in curve] == rows
 
 
 # --- interruption
