@@ -918,14 +918,15 @@ def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
 
 
-def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     """What each head of the first and last encoder attends to: attention received by each token, averaged over test
-    images of the head's own labels and over the others; first seed. A figure, and the numbers behind it."""
+    images of the head's own labels and over the others; first seed. A figure, the numbers behind it, and how far the
+    two maps of a head differ (see `_difference`) beside its mean and 97.5 % quantile over owners dealt at random."""
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
     own = labels[labels.owner & (labels.network == "trained") & (labels.seed == seed)]
-    rows = []
+    rows, differences = [], []
     for encoder in sorted({1, len(network.classifier.blocks)}):
         owner = torch.full((len(images.classes),), -1)
         part = own[own.encoder == encoder]
@@ -937,8 +938,24 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
             for which, chosen in (("own", mine), ("other", ~mine)):
                 for token, value in enumerate(received[chosen, head].mean(dim=0).tolist() if chosen.any() else []):
                     rows.append({"encoder": encoder, "head": head, "labels": which, "token": token, "attention": value})
-    table = pd.DataFrame(rows)
-    return figures.attention_maps(table, run.images.name, f"seed {seed}"), table
+        y, generator = images.y_test.cpu(), training.generator(seed, "dealt attention", encoder)
+        found = _difference(received, y, owner)
+        order = [torch.randperm(len(owner), generator=generator) for _ in range(run.settings.permutations)]
+        dealt = torch.stack([_difference(received, y, owner[part]) for part in order])
+        for head, value in enumerate(found.tolist()):
+            row = {"encoder": encoder, "head": head, "labels": int((owner == head).sum()), "difference": value}
+            differences.append(row | {"dealt": dealt[:, head].mean().item(), "dealt_high": interval(dealt[:, head])[1]})
+    table, differences = pd.DataFrame(rows), pd.DataFrame(differences).set_index(["encoder", "head"])
+    return figures.attention_maps(table, run.images.name, f"seed {seed}"), table, differences.round(4)
+
+
+def _difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
+    """Half the summed difference between a head's mean map over images of its own labels and over the others, 0 for
+    equal to 1 for disjoint maps: (n, H, T), labels (n,), owners (L,) -> (H,); nan for a head that owns none or all."""
+    own = owner[y][:, None] == torch.arange(received.shape[1])  # (n, H)
+    sums = torch.einsum("nh,nht->ht", own.to(received), received)
+    count = own.sum(dim=0)[:, None]
+    return (sums / count - (received.sum(dim=0) - sums) / (len(y) - count)).abs().sum(dim=1) / 2
 
 
 def more_heads(run: Run) -> pd.DataFrame:

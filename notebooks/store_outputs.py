@@ -5,8 +5,8 @@ python notebooks/store_outputs.py [PROFILE] [--unfinished]
 quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
 with other cells or parameters are refused. Other profiles: the executed notebooks become pages for readers without a
 kernel, figures/<profile>/pages/*.html, and the small files of the stages that summary.json names are copied to
-figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The README's tables are made
-anew: of verdicts from the profiles' summary.json, of reference networks from their cards.
+figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The tables of README and docs
+are made anew: of verdicts from the profile's summary.json, of reference networks from their cards.
 
 A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more.
 """
@@ -50,9 +50,16 @@ def verdict_table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, profile: str, table: str) -> str:
-    """The page with the lines between the profile's two marks replaced."""
-    return with_lines(page, (MARKS[0].format(profile), MARKS[1]), table)
+def with_tables(page: str, summary: dict) -> str:
+    """The page with the verdicts of a walk wherever it has the marks for them: of all claims, or of one."""
+    marks = [(MARKS[0].format(summary["profile"]), summary)]
+    for claim in CLAIMS:
+        rows = [row for row in summary["verdicts"] if row["claim"] == claim]
+        marks.append((MARKS[0].format(f"{summary['profile']}, {claim}"), {"verdicts": rows}))
+    for mark, part in marks:
+        if mark in page:
+            page = with_lines(page, (mark, MARKS[1]), verdict_table(part))
+    return page
 
 
 def with_lines(page: str, marks: tuple[str, str], lines: str) -> str:
@@ -158,11 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
             store_stages(summary["stages"], made, kept)
     except ValueError as error:
         sys.exit(f"store_outputs: {error}")
-    page = root / "README.md"
-    text = page.read_text(encoding="utf-8")
-    if MARKS[0].format(profile) in text:
-        text = with_table(text, profile, verdict_table(summary))
-    runs.write_text(page, with_lines(text, REFERENCES, references.table()))
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = with_tables(page.read_text(encoding="utf-8"), summary)
+        if page.name == "README.md":
+            text = with_lines(text, REFERENCES, references.table())
+        runs.write_text(page, text)
     return 0
 
 

@@ -15,7 +15,7 @@ import parameters
 import pytest
 import references
 import yaml
-from store_outputs import REFERENCES, verdict_table, with_lines, with_table
+from store_outputs import MARKS, REFERENCES, with_lines, with_tables
 from walk import _chosen, parser
 
 from paperlib import runs
@@ -185,10 +185,11 @@ def test_committed_results_fit_the_committed_profile(folder):
 
 
 @pytest.mark.parametrize("profile", [path.name for path in WALKS])
-def test_the_readme_shows_the_committed_verdicts(profile):
-    page = (ROOT / "README.md").read_text()
+def test_the_pages_show_the_committed_verdicts(profile):
     summary = json.loads((ROOT / "figures" / profile / "summary.json").read_text())
-    assert with_table(page, profile, verdict_table(summary)) == page
+    assert MARKS[0].format(profile) in (ROOT / "README.md").read_text()
+    for page in PAGES:
+        assert with_tables(page.read_text(), summary) == page.read_text(), page
 
 
 def test_the_readme_shows_the_committed_networks():

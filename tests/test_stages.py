@@ -87,6 +87,15 @@ def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
         assert torch.equal(masks_of(run)["andc", 0, name], mask)
 
 
+def test_difference_of_maps_finds_a_head_that_looks_elsewhere_for_its_own_labels():
+    y, owner = torch.arange(40) % 4, torch.tensor([0, 0, 1, 1])
+    received = torch.full((40, 3, 5), 0.2)
+    received[y < 2, 0] = torch.tensor([1.0, 0, 0, 0, 0])
+    found = stages._difference(received, y, owner)
+    torch.testing.assert_close(found, torch.tensor([0.8, 0.0, torch.nan]), equal_nan=True)
+    assert stages._difference(received, y, torch.tensor([0, 1, 0, 1]))[0] < 1e-6
+
+
 @pytest.mark.slow
 def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(folders):
     few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_once": []}
