@@ -145,8 +145,7 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
             axis.plot([0, 100 * part.measured.max()], [0, 100 * part.measured.max()], color="grey", ls=":")
         axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
         axes[1].set(xlabel="as many nodes of encoder 1 (%)")
-        ticks = sorted(part.encoder.unique())
-        figure.colorbar(image, ax=axes[1], label="encoder", ticks=ticks)
+        figure.colorbar(image, ax=axes[1], label="encoder", ticks=sorted(part.encoder.unique()))
         return _stamped(figure, f"{data}, subsets of block nodes, n = {table.seed.nunique()}", data)
 
 
@@ -181,12 +180,11 @@ def penalties(table: pd.DataFrame, data: str) -> Figure:
             line = "x--" if part.network.iloc[0] == "random" else "o-"
             for axis, column, scale in zip(axes[:, taps.index(tap)], ("accuracy", "snr"), (100, 1), strict=True):
                 axis.plot(part.encoder, scale * part[column], line, ms=4, color=colours[value], alpha=faint)
-        for axis, tap in zip(axes[0], taps, strict=True):
-            axis.set_title(tap, fontsize=9)
+        for upper, lower, tap in zip(*axes, taps, strict=True):
+            upper.set_title(tap, fontsize=9)
+            lower.set(xlabel="encoder")
         axes[0, 0].set(ylabel="readout accuracy (%)")
         axes[1, 0].set(ylabel="SNR")
-        for axis in axes[1]:
-            axis.set(xlabel="encoder")
         for value in values:
             axes[0, 0].plot([], [], "o-", ms=4, color=colours[value], label=value)
         figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
@@ -250,30 +248,32 @@ def node_matrix(
 
 
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy against dilution, ANDC and its controls, one panel for each pruned part, bars: spread of the loss over
-    seeds; open symbols after the short retraining (`stages.pruning`)."""
+    """Accuracy against dilution, ANDC and its controls, one column for each pruned part, bars: spread of the loss over
+    seeds; open symbols after the short retraining (`stages.pruning`). Below: the first points of loss, and C4's 0.5."""
     parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(parts), figsize=(1.2 + 2.9 * len(parts), 3.2), squeeze=False, sharey=True)
+        shape = {"figsize": (1.2 + 2.9 * len(parts), 4.8), "sharex": True, "sharey": "row", "height_ratios": [3, 2]}
+        figure, axes = plt.subplots(2, len(parts), squeeze=False, **shape)
         whole = table[table.method == "andc"]  # scored on all test images
-        for axis, layers in zip(axes[0], parts, strict=True):
+        for layers, (upper, lower) in zip(parts, axes.T, strict=True):
             for prefix, line in (("", ":"), ("retrained_", "--")):
                 level = (whole[f"{prefix}accuracy"] + whole[f"{prefix}loss"])[whole.layers == layers].mean()
-                axis.axhline(100 * level, color="black", lw=0.8, ls=line, label="unpruned" if line == ":" else None)
+                upper.axhline(100 * level, color="black", lw=0.8, ls=line, label="unpruned" if line == ":" else None)
             for method, colour in METHOD_COLOURS.items():
-                part = table[(table.method == method) & (table.layers == layers)]
-                columns = ["dilution", "accuracy", "retrained_accuracy", "loss"]
-                by_seed = part.groupby(["threshold", "seed"])[columns].mean().groupby("threshold")
-                mean = by_seed.mean().sort_values("dilution")
-                spread = 100 * by_seed.loss.std().reindex(mean.index).fillna(0)
-                style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
-                axis.errorbar(mean.dilution, 100 * mean.accuracy, spread, **style)
-                axis.plot(mean.dilution, 100 * mean.retrained_accuracy, "D", ms=6, mfc="none", color=colour)
-            if table.retrained_accuracy.notna().any():
-                axis.plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
-            axis.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1), ylim=(0, None))
-        axes[0, 0].set(ylabel="test accuracy (%)")
+                part = table[(table.method == method) & (table.layers == layers)].groupby(["threshold", "seed"])
+                by_seed = part.mean(numeric_only=True).sort_values("dilution").groupby("threshold", sort=False)
+                mean, spread = 100 * by_seed.mean(), 100 * by_seed.loss.std().fillna(0)
+                for axis, what in ((upper, "accuracy"), (lower, "loss")):
+                    style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
+                    axis.errorbar(mean.dilution / 100, mean[what], spread, **style)
+                    axis.plot(mean.dilution / 100, mean[f"retrained_{what}"], "D", ms=6, mfc="none", color=colour)
+            lower.axhline(0.5, color="black", lw=0.8)
+            lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1), ylim=(5, -2))
+        if table.retrained_accuracy.notna().any():
+            axes[0, 0].plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
+        axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
+        axes[1, 0].set(ylabel="accuracy lost (points)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
 
