@@ -53,8 +53,8 @@ CAPTIONS = {
         "A curve that knows the number of nodes only.",
     ),
     "accuracy_against_dilution": (
-        "03", "C4", "Test accuracy against the share of pruned connections, and the first points lost with C4's half point "
-        "as a line; diamonds: after a short retraining.",
+        "03", "C4", "Test accuracy against the share of pruned connections, and the first points lost with C4's half "
+        "point as a line; diamonds: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
     "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner.", ""),
@@ -82,7 +82,8 @@ CAPTIONS = {
         "05", "C1", "The CCT's encoders and the CNN's layers on one axis of relative depth.", "Dashed: random weights.",
     ),
     "cnn_accuracy_against_dilution": (
-        "05", "C4", "Test accuracy of the CNN against the share of pruned connections between filters, and the first points lost.",
+        "05", "C4", "Test accuracy of the CNN against the share of pruned connections between filters, and the first "
+        "points lost.",
         "Random, permuted, magnitude and activation masks of equal dilution.",
     ),
 }  # fmt: skip
