@@ -12,7 +12,7 @@ import re
 import sys
 
 import nbformat
-from store_outputs import with_lines
+from store_outputs import number, with_lines
 
 from paperlib import runs
 
@@ -54,12 +54,7 @@ def published(notebook: nbformat.NotebookNode, path: str, address: str) -> nbfor
     head = nbformat.v4.new_markdown_cell(badges(address, path), id="published-badges", **tagged)
     fetch = nbformat.v4.new_code_cell(text, id="published-fetch", **tagged)
     notebook.cells = [head, *cells[:behind], fetch, *cells[behind:]]
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for count, cell in enumerate(code, start=1):
-        cell.execution_count = count
-        for output in cell.outputs:
-            if "execution_count" in output:
-                output["execution_count"] = count
+    number(notebook.cells)
     return notebook
 
 

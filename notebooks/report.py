@@ -17,7 +17,7 @@ import mistune
 import pandas as pd
 import parameters
 from store_outputs import CLAIMS
-from verdicts import of_claim
+from verdicts import of_claims
 
 from paperlib import runs
 
@@ -107,7 +107,7 @@ def page(profile: str, folder: Path) -> str:
     )
     return environment.get_template("report.html.j2").render(
         summary=summary,
-        words={claim: of_claim([row for row in summary["verdicts"] if row["claim"] == claim]) for claim in CLAIMS},
+        words=of_claims(summary["verdicts"]),
         claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
         figures=figures,
         card=parameters.card(settings).itertuples(name=None),

@@ -19,7 +19,7 @@ from pathlib import Path
 import nbformat
 import parameters
 import references
-from verdicts import of_claim
+from verdicts import of_claims
 
 from paperlib import runs
 
@@ -38,27 +38,38 @@ MARKS = ("<!-- verdicts of {}: made by notebooks/store_outputs.py -->", "<!-- en
 def verdict_table(summary: dict) -> str:
     """The verdicts of a summary.json as a Markdown table; a claim is named in its first row."""
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
-    named = set()
+    words = of_claims(summary["verdicts"])
     for row in summary["verdicts"]:
-        claim = ""
-        if row["claim"] not in named:
-            word = of_claim([other for other in summary["verdicts"] if other["claim"] == row["claim"]])
-            claim = f"{row['claim']}: {CLAIMS[row['claim']]}: **{word}**"
-        named.add(row["claim"])
-        effect = "" if row["effect"] is None else f"{row['effect']:.3f} ± {row['uncertainty']:.3f}"
-        lines.append(f"| {claim} | {row['statistic']} | {effect} | {row['null']} | {row['verdict']} |")
+        word = words.pop(row["claim"], None)
+        claim = f"{row['claim']}: {CLAIMS[row['claim']]}: **{word}**" if word else ""
+        lines.append(f"| {claim} | {_cells(row)} |")
     return "\n".join(lines)
+
+
+def claim_table(rows: list[dict]) -> str:
+    """The verdict on one claim in bold, and its rows as a Markdown table with the effect of each seed."""
+    lines = [f"**{word[0].upper()}{word[1:]}**\n" for word in of_claims(rows).values()]
+    lines += ["| measured | effect ± uncertainty | null | verdict | by seed |", "|---|---|---|---|---|"]
+    for row in rows:
+        seeds = ", ".join(f"{effect:.3f} ({low:.3f} to {high:.3f})" for effect, low, high in row["by_seed"])
+        lines.append(f"| {_cells(row)}{'; beside the others' if row['beside'] else ''} | {seeds} |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> str:
+    effect = "" if row["effect"] is None else f"{row['effect']:.3f} ± {row['uncertainty']:.3f}"
+    return f"{row['statistic']} | {effect} | {row['null']} | {row['verdict']}"
 
 
 def with_tables(page: str, summary: dict) -> str:
     """The page with the verdicts of a walk wherever it has the marks for them: of all claims, or of one."""
-    marks = [(MARKS[0].format(summary["profile"]), summary)]
+    tables = {summary["profile"]: verdict_table(summary)}
     for claim in CLAIMS:
         rows = [row for row in summary["verdicts"] if row["claim"] == claim]
-        marks.append((MARKS[0].format(f"{summary['profile']}, {claim}"), {"verdicts": rows}))
-    for mark, part in marks:
-        if mark in page:
-            page = with_lines(page, (mark, MARKS[1]), verdict_table(part))
+        tables[f"{summary['profile']}, {claim}"] = claim_table(rows)
+    for name, table in tables.items():
+        if (mark := MARKS[0].format(name)) in page:
+            page = with_lines(page, (mark, MARKS[1]), table)
     return page
 
 
@@ -78,13 +89,20 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode,
         raise ValueError("the executed copy has other cells: run ./run_all.sh again")
     if not all(f'profile = "{profile}"' in cell.source and "settings = {}" in cell.source for cell in injected):
         raise ValueError("the executed copy had other parameters: run ./run_all.sh without --set")
-    pairs = [pair for pair in zip(source.cells, cells, strict=True) if pair[0].cell_type == "code"]
-    for count, (cell, run) in enumerate(pairs, start=1):
-        cell.execution_count, cell.outputs = count, run.outputs
+    for cell, run in zip(source.cells, cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs = run.outputs
+    number(source.cells)
+    return source
+
+
+def number(cells: list[nbformat.NotebookNode]) -> None:
+    """Count code cells and their results from 1, as one run from top to bottom does."""
+    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), start=1):
+        cell.execution_count = count
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = count
-    return source
 
 
 def executed_notebooks(root: Path, profile: str) -> dict[Path, tuple[nbformat.NotebookNode, nbformat.NotebookNode]]:

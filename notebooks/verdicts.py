@@ -67,6 +67,12 @@ def of_claim(rows: list[dict]) -> str:
     return f"supported in part (not: {'; '.join(failed)})" if any(met) else "not supported"
 
 
+def of_claims(rows: list[dict]) -> dict[str, str]:
+    """Claim -> its verdict, from all rows of a walk."""
+    claims = sorted({row["claim"] for row in rows})
+    return {claim: of_claim([row for row in rows if row["claim"] == claim]) for claim in claims}
+
+
 def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
     """C2: nodes identify small clusters of labels: raw SNR above the tap's own random network, and pooled cluster size
     at most L/10, in every encoder and every tap that has a random twin. Effects are the smallest over encoders and
@@ -117,10 +123,7 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
     seed by seed."""
     rows, halves = [], (("cct", "block"), ("cnn", "conv"))
     for statistic in ("accuracy", "SNR"):
-        found = [
-            _growth(nodes[nodes.half == half], correct[half], labels, statistic, tap)
-            for half, tap in halves
-        ]
+        found = [_growth(nodes[nodes.half == half], correct[half], labels, statistic, tap) for half, tap in halves]
         tried = [_penalties(table[table.tap == tap], statistic) for table, tap in
                  ((penalties[half], tap) for half, tap in halves)]  # fmt: skip
         effects = [min(pair) for pair in zip(*(effects for effects, _, _ in found), strict=True)]
