@@ -121,14 +121,14 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     and one over the held-out images give. kind is one of NETWORKS, or `shuffled`: the trained network with its
     readouts trained on labels dealt to other images.
 
-    weights: tap -> readout (L, T, D); fields_test, fields_held_out (taps that decide masks): tap -> field matrices
+    weights: tap -> readout (L, T, D); fields_test, fields_held_out (of `_unseen_taps`): tap -> field matrices
     (D, L, L); correct: tap -> (n_test,) bool and heads/tap -> (n_test, H) bool.
     """
     s = run.settings
     network, inputs = load_network(run, seed, kind)
     once = s.taps_once if seed == s.seeds[0] and kind in NETWORKS else ()
-    deciding = _deciding_taps(run, seed, network) if kind == "trained" else []
-    kinds = list(dict.fromkeys((*s.taps, *once, *deciding)))
+    unseen = _unseen_taps(run, seed, network) if kind == "trained" else []
+    kinds = list(dict.fromkeys((*s.taps, *once, *unseen)))
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
@@ -141,13 +141,13 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         save_arrays(folder / "correct.npz", correct)
         if kind == "trained":
             _, held = held_out(run.images.y_train, s.held_out)
-            places = [place for place in places if place.kind in deciding]
+            places = [place for place in places if place.kind in unseen]
             weights = {place.name: weights[place.name] for place in places}
             x, y = images.x_train[held], images.y_train[held]
-            unseen = readouts.measure(network, places, weights, x, y, *images.statistics)
-            save_tensors(folder / "fields_held_out.safetensors", _fields(weights, unseen))
+            others = readouts.measure(network, places, weights, x, y, *images.statistics)
+            save_tensors(folder / "fields_held_out.safetensors", _fields(weights, others))
 
-    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": deciding}
+    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": unseen}
     return run.stage(f"readouts-{kind}-seed{seed}", 5, config, inputs, make)
 
 
@@ -293,7 +293,7 @@ TAP_COLUMNS = [
 ]  # fmt: skip
 HEAD_COLUMNS = [
     "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
-    "gap_null_high", "first_mean_gap",
+    "gap_null_high", "gap_same_images", "first_mean_gap",
 ]  # fmt: skip
 
 
@@ -534,10 +534,12 @@ def pruned_layers(run: Run, seed: int) -> list[str]:
     return ["ff", *(run.settings.prune_once if seed == run.settings.seeds[0] else ())]
 
 
-def _deciding_taps(run: Run, seed: int, network: nn.Module) -> list[str]:
-    """Kinds of the taps whose nodes decide ANDC masks."""
+def _unseen_taps(run: Run, seed: int, network: nn.Module) -> list[str]:
+    """Kinds of the taps whose nodes decide something that the test images score, so that they are looked at on held-out
+    images: ANDC masks, and which labels a head owns."""
     pairs = [pair for layers in pruned_layers(run, seed) for pair in andc.connections(network, layers).values()]
-    return sorted({end.split(".")[1] for pair in pairs for end in pair if end != "labels"})
+    deciding = {end.split(".")[1] for pair in pairs for end in pair if end != "labels"}
+    return sorted(deciding | ({"attn"} & {*run.settings.taps}))
 
 
 def pruning(run: Run) -> pd.DataFrame:
@@ -738,12 +740,14 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Stage for every network: (label x head counts, specialisation and ablation per encoder, their means over them).
 
     First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
-    label, 0..1), ablation_drop (of the network's own accuracy on that label, trained network only). Second: seed,
-    network, encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised,
-    tied (labels), median_margin (nodes), own_drop, other_drop, gap (own - other; see `heads.own_label_drops`),
-    first_mean_gap (first seed only: with the head's nodes at their training mean instead of 0), gap_null_high (97.5 %
-    of gaps with owners dealt to other labels). Third: seed, network, excess, gap with their 95 % intervals
-    (excess_low, ...): over the null, and over test images; gap_null_high of the mean over encoders.
+    label, 0..1); trained network only: ablation_drop (of the network's own accuracy on that label), owner_unseen (owner
+    by held-out training images, so that what the test images score is not chosen on them). Second: seed, network,
+    encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised, tied
+    (labels), median_margin (nodes), own_drop, other_drop, gap (own - other, owners by held-out images; see
+    `heads.own_label_drops`), gap_same_images (owners by the test images), first_mean_gap (first seed only: with the
+    head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with owners dealt to other labels).
+    Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and over test images;
+    gap_null_high of the mean over encoders.
     """
     both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
     tables = ("labels", "encoders", "overall")
@@ -771,8 +775,9 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         s, labels = run.settings, run.images.y_test
         num_heads = network.classifier.blocks[0].self_attn.heads
         found, correct, fields = source.arrays("matrices"), right.arrays("correct"), right.tensors("fields_test")
-        intact = ablated = averaged = None
+        intact = ablated = averaged = held = None
         if kind == "trained":
+            held = right.tensors("fields_held_out")
             images = run.images.to(training.best_device())
             intact, ablated = _right_answers(network, images).cpu(), _ablations(network, images).cpu()
             if first:
@@ -795,19 +800,24 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             summary |= {"unrecognised": int((owned.owner < 0).sum()), "tied": int(owned.tied.sum())}
             summary["median_margin"] = owned.margin.float().median().item()
             alone = _by_label(correct[f"heads/{tap}"].float(), labels, len(counts[0]))
-            drop = None
+            drop = owner = None
             if ablated is not None:
+                unseen = snp.boolean_matrices(held[tap], s.threshold)
+                owner = heads.assign_labels(heads.cooperation_counts(unseen, num_heads)).owner
                 drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owned.owner)
+                mine, other, _ = heads.own_label_drops(drop, own, generator, draws=1)
+                summary["gap_same_images"] = mine - other
+                drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owner)
                 # The same test images are drawn for every encoder, so that draws can be averaged over encoders.
                 mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
                 summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
                 gaps.append(draws)
                 generator = training.generator(seed, "dealt owners", encoder)
-                dealt.append(heads.dealt_gaps(drop, labels, owned.owner, s.permutations, generator))
+                dealt.append(heads.dealt_gaps(drop, labels, owner, s.permutations, generator))
                 summary["gap_null_high"] = interval(dealt[-1])[1]
                 summary["first_mean_gap"] = math.nan
                 if averaged is not None:
-                    softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owned.owner)
+                    softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owner)
                     mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
                     summary["first_mean_gap"] = mine - other
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
@@ -815,6 +825,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
                 columns |= {"owner": (owned.owner == head).tolist(), "alone_accuracy": alone[:, head].tolist()}
                 columns["ablation_drop"] = None if drop is None else drop[:, head].tolist()
+                columns["owner_unseen"] = None if owner is None else (owner == head).tolist()
                 label_rows.append(pd.DataFrame({**row, **columns}))
             encoder_rows.append(row | summary)
             whole = snp.boolean_matrices(heads.head_matrices(fields[tap], num_heads), s.threshold)
@@ -834,7 +845,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
         save_table(folder / "overall.csv", [overall])
 
     config = run.config("threshold", "permutations") | {"seed": seed, "first": first}
-    return run.stage(f"heads-{kind}-seed{seed}", 5, config, inputs, make)
+    return run.stage(f"heads-{kind}-seed{seed}", 6, config, inputs, make)
 
 
 def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:
@@ -925,7 +936,8 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
-    own = labels[labels.owner & (labels.network == "trained") & (labels.seed == seed)]
+    trained = labels[(labels.network == "trained") & (labels.seed == seed)]
+    own = trained[trained.owner_unseen.astype(bool)]
     rows, differences = [], []
     for encoder in sorted({1, len(network.classifier.blocks)}):
         owner = torch.full((len(images.classes),), -1)

@@ -249,7 +249,8 @@ def _by_seed(table: pd.DataFrame, prefix: str) -> pd.DataFrame:
 
 def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
     """C5: heads specialise more than chance and more than a random network's heads, and a head's ablation costs its own
-    labels more than the others, and more than labels dealt to it. Two rows; both effects are means over encoders."""
+    labels (by images that score nothing) more than the others, and more than labels dealt to it. Two rows; both effects
+    are means over encoders."""
     trained, random = (overall[overall.network == kind].set_index("seed") for kind in ("trained", "random"))
     beaten = bool((trained.excess > random.excess).all())
     above_dealt = bool((trained.gap > trained.gap_null_high).all())

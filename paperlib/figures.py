@@ -302,10 +302,10 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     """Are owners experts? Margins of the owners; accuracy of the own head alone against the best other head; accuracy
     lost on each owner's labels by each head's ablation. One encoder, all seeds (`stages.head_division`)."""
     part = labels[(labels.encoder == encoder) & (labels.network == "trained")]
-    ranked = part.sort_values("count", ascending=False).groupby(["seed", "label"])["count"]
-    margins = ranked.nth(0).to_numpy() - (ranked.nth(1).to_numpy() if part["head"].nunique() > 1 else 0)
-    own = part[part.owner].set_index(["seed", "label"])
-    others = part[~part.owner].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
+    counts = np.sort(part.pivot(index=["seed", "label"], columns="head", values="count").to_numpy(), axis=1)
+    margins = (counts[:, -1] - (counts[:, -2] if counts.shape[1] > 1 else 0))[counts[:, -1] > 0]
+    own = part[part.owner_unseen.astype(bool)].set_index(["seed", "label"])
+    others = part[~part.owner_unseen.astype(bool)].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
     owner = part.merge(own["head"].rename("owned_by"), left_on=["seed", "label"], right_index=True)
     lost = 100 * owner.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
     with plt.rc_context(STYLE):

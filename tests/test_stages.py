@@ -7,7 +7,7 @@ import pytest
 import stages
 import torch
 
-from paperlib import andc, data, readouts, snp, training
+from paperlib import andc, data, figures, readouts, snp, training
 from paperlib.taps import cct_taps
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
@@ -94,6 +94,27 @@ def test_difference_of_maps_finds_a_head_that_looks_elsewhere_for_its_own_labels
     found = stages._difference(received, y, owner)
     torch.testing.assert_close(found, torch.tensor([0.8, 0.0, torch.nan]), equal_nan=True)
     assert stages._difference(received, y, torch.tensor([0, 1, 0, 1]))[0] < 1e-6
+
+
+@pytest.mark.slow
+def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folders, tmp_path):
+    """With other test images, owners by held-out images stay; the figure's margins are those of the table."""
+    few = CUT | {"limit": 600, "taps": ["attn", "block"], "taps_once": [], "prune_once": [], "permutations": 20}
+    run = parameters.open_run("quick", few)
+    labels, encoders, _ = stages.head_division(run)
+    trained = labels[labels.network == "trained"]
+    assert trained.groupby(["encoder", "label"]).owner_unseen.sum().max() == 1
+    assert labels[labels.network == "random"].owner_unseen.isna().all()
+    noise = torch.randint(0, 256, run.images.x_test.shape, dtype=torch.uint8)
+    other = replace(run, images=replace(run.images, x_test=noise), folder=tmp_path / "other", finished={})
+    again, _, _ = stages.head_division(other)
+    again = again[again.network == "trained"]
+    assert (again.owner_unseen == trained.owner_unseen).all() and not (again.owner == trained.owner).all()
+    figure = figures.head_experts(labels, run.images.name, encoder=2)
+    bars = [round(bar.get_height()) for bar in figure.axes[0].patches]
+    row = encoders.query("network == 'trained' and encoder == 2").iloc[0]
+    recognised = trained[trained.encoder == 2].groupby("label")["count"].max().gt(0).sum()
+    assert bars[0] == row.tied and sum(bars) == recognised == len(run.images.classes) - row.unrecognised
 
 
 @pytest.mark.slow
