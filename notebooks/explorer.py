@@ -51,9 +51,9 @@ def known_fields(run: Run, seed: int) -> dict[str, dict[int, Tensor]]:
     return found
 
 
-def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor], bytes]:
-    """A function that draws one node as PNG: (field matrix (L, L), threshold, numbers of test images) -> bytes. It
-    keeps its axes, so that a picture takes well under a tenth of a second."""
+def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor, str], bytes]:
+    """A function that draws one node as PNG: (field matrix (L, L), threshold, numbers of test images, a line to stand
+    below) -> bytes. It keeps its axes, so that a picture takes well under a tenth of a second."""
     labels = len(images.classes)
     shown = min(SHOWN, labels)
     with plt.rc_context({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
@@ -74,8 +74,10 @@ def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor], bytes]:
     for axis in small:
         axis.set(xticks=[], yticks=[])
     frames: list[PatchCollection] = []
+    below = figure.text(0.03, 0.02, "", fontsize=9)
 
-    def draw(field: Tensor, threshold: float, drivers: Tensor) -> bytes:
+    def draw(field: Tensor, threshold: float, drivers: Tensor, line: str = "") -> bytes:
+        below.set_text(line)
         boolean = snp.boolean_matrices(field[None], threshold)[0]
         clusters = snp.label_clusters(boolean)
         order = by_cluster(clusters, labels)
@@ -110,7 +112,8 @@ def nodes(run: Run) -> widgets.Widget | Image:
     threshold = run.settings.threshold
     if not live():
         node = _typical(fields[taps[0]], threshold)
-        return Image(draw(fields[taps[0]][node], threshold, drivers[taps[0]][node]))
+        line = _described(taps[0], fields[taps[0]], node, threshold)
+        return Image(draw(fields[taps[0]][node], threshold, drivers[taps[0]][node], line))
     tap = widgets.Dropdown(options=taps, description="tap")
     node = widgets.SelectionSlider(options=list(fields[taps[0]]), description="node")
     level = widgets.FloatSlider(threshold, min=0.05, max=0.95, step=0.05, description="threshold")
@@ -119,12 +122,7 @@ def nodes(run: Run) -> widgets.Widget | Image:
     def show(_=None) -> None:
         part, number = fields[tap.value], node.value
         picture.value = draw(part[number], level.value, drivers[tap.value][number])
-        own = snp.node_statistics(snp.boolean_matrices(part[number][None], level.value))
-        text.value = (
-            f"<b>node {number}</b>: {own.labels.item()} labels in {own.clusters.item()} clusters, noise "
-            f"{own.internal.item()} inside and {own.external.item()} outside; <b>{tap.value}</b>, {len(part)} nodes: "
-            f"{_summary(part, level.value)}"
-        )
+        text.value = _described(tap.value, part, number, level.value)
 
     def other_tap(_) -> None:
         node.options = list(fields[tap.value])
@@ -143,9 +141,15 @@ def _typical(fields: dict[int, Tensor], threshold: float) -> int:
     return list(fields)[stages.chosen_nodes(found)["typical"]]
 
 
-def _summary(fields: dict[int, Tensor], threshold: float) -> str:
+def _described(tap: str, fields: dict[int, Tensor], node: int, threshold: float) -> str:
+    """One line: what the threshold makes of a node, and of all nodes of its tap."""
+    own = snp.node_statistics(snp.boolean_matrices(fields[node][None], threshold))
     found = snp.tap_statistics(snp.boolean_matrices(torch.stack(list(fields.values())), threshold))
-    return f"SNR {found.snr:.2f}, {found.clusters_per_node:.2f} clusters of {found.pooled_cluster_size:.2f} labels"
+    return (
+        f"{tap}, threshold {threshold:.2f}. Node {node}: {own.labels.item()} labels in {own.clusters.item()} clusters, "
+        f"noise {own.internal.item()} inside and {own.external.item()} outside. All {len(fields)} nodes: SNR "
+        f"{found.snr:.2f}, {found.clusters_per_node:.2f} clusters of {found.pooled_cluster_size:.2f} labels"
+    )
 
 
 def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int], bytes]:
@@ -179,14 +183,16 @@ def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int
         shown.autoscale()
         start = sum(owned < head for owned in owners) - 0.5
         frame.set_bounds(start, start, len(own), len(own))
-        left.set_title(f"encoder {encoder}, head {head}: nodes; its own labels framed", fontsize=9)
+        most = int(matrices[encoder][head].max())
+        left.set_title(f"encoder {encoder}, head {head}: nodes (0 to {most}); own labels framed", fontsize=9)
         right.clear()
         others = np.delete(counts, head, axis=0).max(axis=0) if heads > 1 else np.zeros(len(classes))
         best = own[:SHOWN]
         right.bar(range(len(best)), counts[head, best], color=COLOURS[head % len(COLOURS)], label=f"head {head}")
         right.plot(range(len(best)), others[best], "k_", label="best other head")
         right.set_xticks(range(len(best)), [plain(classes[label]) for label in best], rotation=90, fontsize=6)
-        right.set_title(f"owns {len(own)} labels; nodes that recognise them", fontsize=9)
+        right.set_title(f"owns {len(own)} labels, {len(best)} shown", fontsize=9)
+        right.set_ylabel("nodes that recognise the label", fontsize=8)
         right.legend(fontsize=7)
         return _png(canvas)
 

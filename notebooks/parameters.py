@@ -181,7 +181,7 @@ def changes_of(assignments: list[str]) -> dict[str, Any]:
 def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     """Check the settings, load the data, and open (or make) the folders of a run. Raises ValueError or OSError."""
     settings = load_settings(profile, changes)
-    pd.set_option("display.max_rows", 300)  # a notebook's tables are shown whole
+    pd.set_option("display.max_rows", 300, "display.max_colwidth", None)  # tables are shown whole
     images = data.load(_located(settings.data), folder_of("data"), settings.image_size)
     if settings.weights == "reference":
         check_data(settings, images)

@@ -17,12 +17,14 @@ import mistune
 import pandas as pd
 import parameters
 from store_outputs import CLAIMS
-from verdicts import of_claims
+from verdicts import BESIDE, of_claims
 
 from paperlib import runs
 
 EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
 FIRST_SEED = {"penalties", "node", "node_gallery", "head_map", "attention_maps"}  # figures of the first seed only
+NO_NULL = "none, this shows what is counted; see node_distributions."
+BY_HEADS = "none in this picture; see head_specialisation."
 # figure -> (notebook, claim, what it shows, against which null)
 CAPTIONS = {
     "learning_curve": ("01", "", "Training loss and test accuracy of the CCT, epoch by epoch.", "Dotted: chance."),
@@ -33,7 +35,7 @@ CAPTIONS = {
         "labels dealt to other images, first seed. Dotted: 1, exchangeable labels.",
     ),
     "threshold_sweep": (
-        "02", "C3", "SNR of `block` for several thresholds of the Boolean matrices.", "Dashed: random weights.",
+        "02", "C3", "SNR of the encoders' output for several thresholds.", "Dashed: random weights.",
     ),
     "node_distributions": (
         "02", "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
@@ -44,9 +46,9 @@ CAPTIONS = {
         "Readout accuracy and SNR for several L2 penalties; faint: after half the epochs.",
         "Dashed: random weights.",
     ),
-    "node": ("02", "C2", "Field and Boolean matrix of a typical node of the last encoder; clusters framed.", ""),
+    "node": ("02", "C2", "Field and Boolean matrix of a typical node of the last encoder; clusters framed.", NO_NULL),
     "node_gallery": (
-        "02", "C2", "Typical and extreme nodes of three encoders, labels ordered by cluster, clusters framed.", "",
+        "02", "C2", "Typical and extreme nodes of three encoders, labels ordered by cluster, clusters framed.", NO_NULL,
     ),
     "predicted_accuracies": (
         "02", "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
@@ -57,10 +59,10 @@ CAPTIONS = {
         "point as a line; diamonds: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
-    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner.", ""),
+    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner.", BY_HEADS),
     "head_experts": (
         "04", "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost "
-        "by silencing each head on each owner's labels.", "",
+        "by silencing each head on each owner's labels.", BY_HEADS,
     ),
     "head_specialisation": (
         "04", "C5",
@@ -72,7 +74,8 @@ CAPTIONS = {
         "Dotted: the sum of what the single nodes give.",
     ),
     "attention_maps": (
-        "04", "C5", "Attention received by each token, for images of a head's own labels and of others.", "",
+        "04", "C5", "Attention received by each token, for images of a head's own labels and of others.",
+        "Owners dealt to other labels: the table in notebook 04.",
     ),
     "more_heads": (
         "04", "C5", "Specialisation and ablation for other numbers of heads.", "Nodes permuted among heads.",
@@ -108,6 +111,7 @@ def page(profile: str, folder: Path) -> str:
     return environment.get_template("report.html.j2").render(
         summary=summary,
         words=of_claims(summary["verdicts"]),
+        beside=BESIDE,
         claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
         figures=figures,
         card=parameters.card(settings).itertuples(name=None),

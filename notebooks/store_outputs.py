@@ -19,7 +19,7 @@ from pathlib import Path
 import nbformat
 import parameters
 import references
-from verdicts import of_claims
+from verdicts import BESIDE, of_claims
 
 from paperlib import runs
 
@@ -36,10 +36,10 @@ MARKS = ("<!-- verdicts of {}: made by notebooks/store_outputs.py -->", "<!-- en
 
 
 def verdict_table(summary: dict) -> str:
-    """The verdicts of a summary.json as a Markdown table; a claim is named in its first row."""
+    """The rows of a summary.json that decide a claim as a Markdown table; a claim is named in its first row."""
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
     words = of_claims(summary["verdicts"])
-    for row in summary["verdicts"]:
+    for row in (row for row in summary["verdicts"] if not row["beside"]):
         word = words.pop(row["claim"], None)
         claim = f"{row['claim']}: {CLAIMS[row['claim']]}: **{word}**" if word else ""
         lines.append(f"| {claim} | {_cells(row)} |")
@@ -47,12 +47,12 @@ def verdict_table(summary: dict) -> str:
 
 
 def claim_table(rows: list[dict]) -> str:
-    """The verdict on one claim in bold, and its rows as a Markdown table with the effect of each seed."""
-    lines = [f"**{word[0].upper()}{word[1:]}**\n" for word in of_claims(rows).values()]
-    lines += ["| measured | effect ± uncertainty | null | verdict | by seed |", "|---|---|---|---|---|"]
+    """The verdict on one claim in bold, and all its rows as a Markdown table, with each seed's effect and interval."""
+    lines = [f"**{word[0].upper()}{word[1:]}.**\n" for word in of_claims(rows).values()]
+    lines += ["| measured | effect ± uncertainty | null | verdict | by seed | notes |", "|---|---|---|---|---|---|"]
     for row in rows:
-        seeds = ", ".join(f"{effect:.3f} ({low:.3f} to {high:.3f})" for effect, low, high in row["by_seed"])
-        lines.append(f"| {_cells(row)}{'; beside the others' if row['beside'] else ''} | {seeds} |")
+        seeds = ", ".join(f"{effect:.3f} [{low:.3f}, {high:.3f}]" for effect, low, high in row["by_seed"])
+        lines.append(f"| {_cells(row)}{BESIDE * row['beside']} | {seeds} | {row['notes']} |")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from paperlib.data import EMBEDDED
 RANDOM_NETWORK = "same network, random weights"
 DRAWS = 1000
 MIN_SEEDS = 3
+BESIDE = "; stated beside, does not decide"  # follows a verdict that is not one of its claim's
 MASKS = ["andc", "random", "permuted"]  # ANDC and the controls that C4 demands
 
 
@@ -28,9 +29,10 @@ def verdict(
     null: str,
     null_beaten: bool,
     beside: bool = False,
+    notes: str = "",
 ) -> dict:
     """One row of the verdict table: effects and their 95 % intervals, one per seed; positive is what is claimed. A row
-    that is stated beside the others does not decide the claim.
+    that is stated beside the others does not decide the claim. notes: what else a reader should know of the numbers.
 
     effect is the mean over seeds; uncertainty the standard deviation over seeds, or for one seed half its interval;
     by_seed has each seed's effect and the ends of its interval.
@@ -41,7 +43,8 @@ def verdict(
     row = {"claim": claim, "data": data, "statistic": statistic}
     row |= {"effect": round(float(np.mean(effects)), 6), "uncertainty": round(float(uncertainty), 6)}
     by_seed = [[round(float(value), 6) for value in (e, *ends)] for e, ends in zip(effects, intervals, strict=True)]
-    return row | {"null": null, "n": n, "verdict": _word(met, data, n), "by_seed": by_seed, "beside": beside}
+    row |= {"null": null, "n": n, "verdict": _word(met, data, n), "by_seed": by_seed}
+    return row | {"beside": beside, "notes": notes}
 
 
 def _word(met: bool, data: str, n: int) -> str:
@@ -58,13 +61,19 @@ def of_claim(rows: list[dict]) -> str:
     words = [row["verdict"] for row in rows]
     met = [word == "supported" or "(rule met" in word for word in words]
     if any(word.startswith("demonstration") for word in words):
-        return f"demonstration ({sum(met)} of {len(rows)} rules met)"
+        tested = sum(not word.startswith("not tested") for word in words)
+        return f"demonstration ({sum(met)} of {tested} rules met)"
     if not {"supported", "not supported"} & set(words):
         return "not tested"
     if len(set(words)) == 1:
         return words[0]
-    failed = [re.split(r",| \(", row["statistic"])[0] for row, good in zip(rows, met, strict=True) if not good]
-    return f"supported in part (not: {'; '.join(failed)})" if any(met) else "not supported"
+    if not any(met):
+        return "not supported"
+    parts = []
+    for said, start in (("not", "not supported"), ("not tested", "not tested")):
+        names = [re.split(r",| \(", row["statistic"])[0] for row in rows if row["verdict"].startswith(start)]
+        parts += [f"{said}: {'; '.join(names)}"] if names else []
+    return f"supported in part ({', '.join(parts)})"
 
 
 def of_claims(rows: list[dict]) -> dict[str, str]:
@@ -78,27 +87,33 @@ def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
     at most L/10, in every encoder and every tap that has a random twin. Effects are the smallest over encoders and
     taps, their lower bounds the lowest."""
     rng = np.random.default_rng(0)
-    found = {"SNR": ([], []), "size": ([], [])}
+    found, largest = {"SNR": ([], []), "size": ([], [])}, []
     for seed in sorted(nodes.seed.unique()):
         points, draws = {"SNR": [], "size": []}, {"SNR": [], "size": []}
         for _, group in nodes[nodes.seed == seed].groupby(["encoder", "tap"]):
             trained, random = (group[group.network == kind] for kind in ("trained", "random"))
             if len(random):
+                largest.append([_cluster_size(_sums(part), labels) for part in (trained, random)])
                 for values, use in ((points, None), (draws, rng)):
                     sums = _sums(trained, use)
                     values["SNR"].append(_snr(sums, labels) - _snr(_sums(random, use), labels))
-                    # without any cluster, all labels count as one
-                    size = np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), labels)
-                    values["size"].append(labels / 10 - size)
+                    values["size"].append(labels / 10 - _cluster_size(sums, labels))
         for part, (effects, intervals) in found.items():
             smallest, bounds = int(np.argmin(points[part])), [interval(values) for values in draws[part]]
             effects.append(points[part][smallest])
             intervals.append((min(low for low, _ in bounds), bounds[smallest][1]))
-    where = "smallest over encoders and taps"
+    where, (size, other) = "smallest over encoders and taps", np.max(largest, axis=0)
+    notes = f"labels per cluster at most {size:.2f}, in the random network {other:.2f}"
+    bound = "none: the bound is L/10"
     return [
         verdict("C2", data, f"raw SNR above the random network's, {where}", *found["SNR"], RANDOM_NETWORK, True),
-        verdict("C2", data, f"L/10 - labels per cluster, {where}", *found["size"], "clusters of L/10 labels", True),
+        verdict("C2", data, f"L/10 - labels per cluster, {where}", *found["size"], bound, True, notes=notes),
     ]
+
+
+def _cluster_size(sums: np.ndarray, labels: int) -> np.ndarray:
+    """Labels per cluster from sums of labels and clusters; without any cluster, all labels count as one."""
+    return np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), labels)
 
 
 def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penalties: pd.DataFrame) -> list[dict]:
@@ -110,10 +125,9 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penal
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
             continue  # taps that only pruning needs have no random twin, and the stem no depth
         effects, intervals, beaten = _growth(nodes, correct, labels, statistic, tap)
-        always, found = _penalties(penalties[penalties.tap == tap], statistic)
-        text = f"{statistic} of {tap}, last - first encoder; rank trend > 0"
-        null, met = RANDOM_NETWORK + found, all(beaten) and always
-        rows.append(verdict("C3", data, text, effects, intervals, null, met, beside=tap != "block"))
+        always, notes = _penalties(penalties[penalties.tap == tap], statistic)
+        text, met = f"{statistic} of {tap}, last - first encoder; rank trend > 0", all(beaten) and always
+        rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, met, tap != "block", notes))
     return rows
 
 
@@ -130,8 +144,8 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
         intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, _ in found), strict=True)]
         text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
         beaten = all(all(part) for _, _, part in found) and all(always for always, _ in tried)
-        null = RANDOM_NETWORK + "".join(f"; {half}{text}" for (half, _), (_, text) in zip(halves, tried, strict=True))
-        rows.append(verdict("C1", data, text, effects, intervals, null, beaten))
+        notes = "; ".join(f"{half.upper()}: {said}" for (half, _), (_, said) in zip(halves, tried, strict=True) if said)
+        rows.append(verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten, notes=notes))
     return rows
 
 
@@ -167,8 +181,8 @@ def sharper(trained: np.ndarray, random: np.ndarray) -> bool:
 
 
 def _penalties(table: pd.DataFrame, statistic: str) -> tuple[bool, str]:
-    """Whether a tap sharpens with every L2 penalty that was tried, and what the null's column says of it: the first
-    seed's table (`stages.penalties`), without intervals."""
+    """Whether a tap sharpens with every L2 penalty that was tried, and a note of it: the first seed's table
+    (`stages.penalties`), without intervals."""
     if not len(table):
         return True, ""
     column, failing = statistic.lower(), []
@@ -178,11 +192,12 @@ def _penalties(table: pd.DataFrame, statistic: str) -> tuple[bool, str]:
         if not sharper(curves.loc["trained"].to_numpy(), curves.loc["random"].to_numpy()):
             failing.append(str(penalty))
     word = "fails for" if failing else "holds for"
-    text = f"; {word} the penalties {', '.join(failing or sorted(table.l2.astype(str).unique()))} (first seed)"
+    text = f"{word} the penalties {', '.join(failing or sorted(table.l2.astype(str).unique()))} (first seed)"
     trained = table[table.network == "trained"].astype({"l2": str})
     moved = trained.pivot_table(index=["l2", "encoder"], columns="epochs", values=column)
     if moved.shape[1] > 1:
-        text += f"; twice the epochs move it by {(moved.iloc[:, -1] - moved.iloc[:, 0]).abs().max():.3f} at most"
+        most = (moved.iloc[:, -1] - moved.iloc[:, 0]).abs().max()
+        text += f", moves by {most:.3f} at most from {moved.columns[0]} to {moved.columns[-1]} epochs"
     return not failing, text
 
 
@@ -211,7 +226,7 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
         every = pd.MultiIndex.from_product([("dilution", "loss", "error"), MASKS])
         found = _by_seed(table, prefix).unstack("method").reindex(columns=every).dropna()
         candidates = []
-        for _, part in found.groupby(level="threshold"):
+        for threshold, part in found.groupby(level="threshold"):
             loss, error, dilution = part.loss, part.error, part.dilution.andc.mean()
             if dilution < 0.5:
                 continue
@@ -220,21 +235,25 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
                 (loss[control] - loss.andc > 1.96 * np.hypot(error[control], error.andc)).all() for control in MASKS[1:]
             )
             met = bool(mean <= 0.005 and mean + bound <= 0.01 and wins)
-            candidates.append((met, -mean, dilution, bound, loss, error.andc))
+            candidates.append((met, -mean, dilution, bound, loss, error.andc, threshold))
         row = {"claim": "C4", "data": data, "statistic": f"accuracy lost {when} by ANDC of the FF layers"}
         if not candidates:
             row |= {"effect": None, "uncertainty": None, "null": "equal dilution"}
-            row |= {"n": found.index.get_level_values("seed").nunique(), "by_seed": [], "beside": False}
+            row |= {"n": found.index.get_level_values("seed").nunique(), "by_seed": [], "beside": False, "notes": ""}
             why = "no dilution of 50 % or more" if len(found) else "no network was retrained with every kind of mask"
             rows.append({**row, "verdict": f"not tested ({why})"})
             continue
-        met, mean, dilution, bound, loss, error = max(candidates, key=lambda row: row[:2])
+        met, mean, dilution, bound, loss, error, threshold = max(candidates, key=lambda row: row[:2])
         row |= {"statistic": f"{row['statistic']} (dilution {dilution:.2f})"}
         row |= {"effect": round(-mean, 6), "uncertainty": round(bound, 6)}
         null = ", ".join(f"{name} masks lose {loss[name].mean():.4f}" for name in sorted(MASKS[1:]))
         row |= {"null": f"equal dilution: {null}", "n": len(loss), "verdict": _word(met, data, len(loss))}
         ends = [loss.andc, loss.andc - 1.96 * error, loss.andc + 1.96 * error]
-        rows.append(row | {"by_seed": np.stack(ends, axis=1).round(6).tolist(), "beside": False})
+        usual = table[(table.threshold == threshold) & ~table.method.isin(MASKS)].dropna(subset=f"{prefix}loss")
+        lost = usual.groupby("method")[f"{prefix}loss"].mean().items()
+        notes = ", ".join(f"{name} masks lose {value:.4f}" for name, value in lost)
+        notes = f"usual criteria, which decide nothing here: {notes}" if notes else ""
+        rows.append(row | {"by_seed": np.stack(ends, axis=1).round(6).tolist(), "beside": False, "notes": notes})
     return rows
 
 
@@ -300,8 +319,10 @@ def macroscopic(table: pd.DataFrame, data: str) -> list[dict]:
     by_size = [part[["only_size", "measured", "predicted"]].to_numpy() for _, part in
                table[table.encoder > 1].groupby("seed")]  # fmt: skip
     alone = np.mean([_rank_agreement(points[None])[0] for points in by_size]) + 0.8
-    nulls = (f"0.8; the subset's size alone reaches {alone:.3f}", "accuracy of as many nodes of encoder 1")
-    return [verdict("C6", data, *row, True) for row in zip(texts, effects, intervals, nulls, strict=True)]
+    nulls = ("none: the bound is 0.8", "accuracy of as many nodes of encoder 1")
+    notes = (f"the subset's size alone reaches {alone:.3f}", "")
+    rows = zip(texts, effects, intervals, nulls, notes, strict=True)
+    return [verdict("C6", data, *row, True, notes=said) for *row, said in rows]
 
 
 def _rank_agreement(points: np.ndarray) -> np.ndarray:
@@ -318,6 +339,7 @@ def _gain_over_size(points: np.ndarray) -> np.ndarray:
 
 def table(rows: list[dict]) -> pd.DataFrame:
     """Verdicts as a table to look at."""
+    rows = [row | {"verdict": row["verdict"] + BESIDE * row["beside"]} for row in rows]
     return pd.DataFrame(rows).drop(columns=["by_seed", "beside"]).set_index("claim").round(4)
 
 

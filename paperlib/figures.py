@@ -136,17 +136,17 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
     """Measured accuracy of subsets of nodes against the prediction from single nodes, and against that of as many nodes
     of encoder 1; coloured by encoder, larger for more nodes (`stages.macroscopic_accuracies`)."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True)
         part = table[table.encoder > 1]
         for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
             size = 4 + 4 * np.log2(part["size"])
             style = {"cmap": "viridis", "alpha": 0.6, "rasterized": True}  # thousands of points
             image = axis.scatter(100 * part[column], 100 * part.measured, size, part.encoder, **style)
-            axis.plot([0, 100 * part.measured.max()], [0, 100 * part.measured.max()], color="grey", ls=":")
+            axis.axline((0, 0), slope=1, color="grey", ls=":")
         axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
         axes[1].set(xlabel="as many nodes of encoder 1 (%)")
         figure.colorbar(image, ax=axes[1], label="encoder", ticks=sorted(part.encoder.unique()))
-        return _stamped(figure, f"{data}, subsets of block nodes, n = {table.seed.nunique()}", data)
+        return _stamped(figure, f"{data}, subsets of block nodes (larger: more), n = {table.seed.nunique()}", data)
 
 
 def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Figure:
@@ -188,7 +188,8 @@ def penalties(table: pd.DataFrame, data: str) -> Figure:
         for value in values:
             axes[0, 0].plot([], [], "o-", ms=4, color=colours[value], label=value)
         figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
-        return _stamped(figure, f"{data}, {table.epochs.max()} epochs (faint: {table.epochs.min()})", data)
+        epochs = f"{table.epochs.max()} epochs (faint: {table.epochs.min()})"
+        return _stamped(figure, f"{epochs}; dashed: random network\n{data}, first seed", data)
 
 
 def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], data: str, place: str) -> Figure:
@@ -313,14 +314,14 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
         axes[0].hist(margins, bins=np.arange(margins.max() + 2) - 0.5, color=COLOURS[0])
         axes[0].set(xlabel="margin of the owner (nodes)", ylabel="labels")
         axes[1].scatter(100 * others, 100 * own.alone_accuracy, 12, [COLOURS[i % 8] for i in own["head"]], alpha=0.7)
-        top = 100 * max(others.max(), own.alone_accuracy.max())
-        axes[1].plot([0, top], [0, top], color="grey", ls=":")
+        axes[1].axline((0, 0), slope=1, color="grey", ls=":")
         axes[1].set(xlabel="best other head alone (%)", ylabel="own head alone (%)")
+        share = f"{(own.alone_accuracy > others).mean():.0%} above the line, by chance {1 / part['head'].nunique():.0%}"
+        axes[1].set_title(share, fontsize=8)
         axes[2].grid(False)
         image = axes[2].imshow(lost, cmap="RdBu_r", vmin=-np.abs(lost).max().max(), vmax=np.abs(lost).max().max())
-        axes[2].set(xlabel="owner of the labels", ylabel="silenced head")
-        axes[2].set_xticks(range(lost.shape[1]), lost.columns)
-        axes[2].set_yticks(range(lost.shape[0]), lost.index)
+        axes[2].set(xlabel="owner of the labels", xticks=range(lost.shape[1]), xticklabels=lost.columns)
+        axes[2].set(ylabel="silenced head", yticks=range(lost.shape[0]), yticklabels=lost.index)
         figure.colorbar(image, ax=axes[2], label="accuracy lost (points)")
         return _stamped(figure, f"{data}, encoder {encoder}, n = {part.seed.nunique()}", data)
 
@@ -343,7 +344,7 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set(xlabel=f"nodes of encoder {encoder}")
         axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 110 * table.accuracy.max()))
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="within / across")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="nodes from")
         return _stamped(figure, f"{data}, attn nodes, n = {table.seed.nunique()}", data)
 
 
@@ -389,7 +390,8 @@ def more_heads(table: pd.DataFrame, data: str) -> Figure:
 
 
 def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
-    """Excess specialisation and the ablation gap along the encoders (second table of `stages.head_division`)."""
+    """Excess specialisation and the ablation gap with its null along the encoders (second table of
+    `stages.head_division`)."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
         for kind, line, colour in (("trained", "o-", "#D55E00"), ("random", "x--", "grey")):
@@ -402,12 +404,10 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
         left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
         left.legend(fontsize=8)
         trained = encoders[encoders.network == "trained"]
-        _curve(right, trained, "own_drop", 100, "o-", "#D55E00")
-        _curve(right, trained, "other_drop", 100, "s--", "#0072B2")
-        right.plot([], [], "o-", ms=4, color="#D55E00", label="own labels")
-        right.plot([], [], "s--", ms=4, color="#0072B2", label="other labels")
-        right.set(xlabel="encoder", ylabel="accuracy lost without\nthe head (points)")
-        right.legend(fontsize=8)
+        _curve(right, trained, "gap", 100, "o-", "#D55E00")
+        _curve(right, trained, "gap_null_high", 100, "--", "grey")
+        right.legend(right.lines, ["trained", "97.5 % of dealt owners"], fontsize=8)
+        right.set(xlabel="encoder", ylabel="lost without the head, own\n- other labels (points)")
         return _stamped(figure, f"{data}, n = {encoders.seed.nunique()}", data)
 
 

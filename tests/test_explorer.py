@@ -58,7 +58,7 @@ def test_widgets_follow_the_choice(run, tmp_path, monkeypatch):
         seen.append(picture.value)
     fields = stages.readout(run, 0, "trained").tensors("fields_test")["1.attn"]
     own = stages.snp.node_statistics(stages.snp.boolean_matrices(fields[[node.value]], 0.6))
-    assert f"node {node.value}</b>: {own.labels.item()} labels in {own.clusters.item()} clusters" in text.value
+    assert f"Node {node.value}: {own.labels.item()} labels in {own.clusters.item()} clusters" in text.value
     controls, picture = explorer.heads(run).children
     encoder, head = controls.children
     before = picture.value

@@ -124,7 +124,7 @@ def test_one_penalty_without_sharpening_decides(curve, random):
     nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table(random=random, code=curve))
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all("fails for the penalties" in row["null"] and "code" in row["null"] for row in rows)
+    assert all("fails for the penalties" in row["notes"] and "code" in row["notes"] for row in rows)
 
 
 def test_nothing_rises_more_than_a_perfect_trend():
@@ -142,11 +142,13 @@ def test_a_claim_is_supported_in_part_where_some_rows_are():
     assert verdicts.of_claim(rows("supported", "supported")) == "supported"
     assert verdicts.of_claim(rows("not supported", "not supported")) == "not supported"
     assert verdicts.of_claim(rows("supported", "not supported")) == "supported in part (not: row 1)"
-    assert verdicts.of_claim(rows("supported", "not tested (no dilution)")) == "supported in part (not: row 1)"
+    assert verdicts.of_claim(rows("supported", "not tested (no dilution)")) == "supported in part (not tested: row 1)"
+    three = verdicts.of_claim(rows("supported", "not supported", "not tested (why)"))
+    assert three == "supported in part (not: row 1, not tested: row 2)"
     assert verdicts.of_claim(rows("not supported", "not tested (why)")) == "not supported"
     assert verdicts.of_claim(rows("not tested (n = 1; rule met so far)", "not tested (why)")) == "not tested"
     demonstrated = rows("demonstration (rule met, n = 1)", "demonstration (rule not met, n = 1)", "not tested (why)")
-    assert verdicts.of_claim(demonstrated) == "demonstration (1 of 3 rules met)"
+    assert verdicts.of_claim(demonstrated) == "demonstration (1 of 2 rules met)"
     beside = [{"verdict": "not supported", "statistic": "", "beside": True}]
     assert verdicts.of_claim(rows("supported", "supported") + beside) == "supported"
 
@@ -201,12 +203,11 @@ def test_penalties_count_after_all_epochs():
     table = pd.concat([early, penalty_table()])
     nodes, correct = nodes_table(3, RISING, FLAT, spread=0.1), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, table)
-    assert {row["verdict"] for row in rows} == {"supported"} and "holds for the penalties 0.001, 0.01" in rows[0][
-        "null"
-    ]
-    assert "twice the epochs move it by 0.200 at most" in rows[0]["null"]
+    assert {row["verdict"] for row in rows} == {"supported"}
+    assert "holds for the penalties 0.001, 0.01" in rows[0]["notes"]
+    assert "moves by 0.200 at most from 2 to 4 epochs" in rows[0]["notes"]
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, table[table.tap == "block"])
-    assert ["penalties" in row["null"] for row in rows] == [True, False, True, False]  # accuracy, attn, block, ff2
+    assert ["penalties" in row["notes"] for row in rows] == [True, False, True, False]  # accuracy, attn, block, ff2
 
 
 def test_a_tap_without_depth_has_no_row():
@@ -355,7 +356,7 @@ def test_cnn_and_transformer_must_agree(curve, word):
     tried["cnn"] = penalty_table(code=(0.3, 0.2, 0.1)).replace("block", "conv")  # one penalty fails in one half
     rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L, tried)
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all("cnn; fails for the penalties code" in row["null"] for row in rows)
+    assert all("CNN: fails for the penalties code" in row["notes"] for row in rows)
 
 
 def retrained_table(permuted_loss):
