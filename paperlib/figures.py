@@ -189,7 +189,7 @@ def penalties(table: pd.DataFrame, data: str) -> Figure:
             axes[0, 0].plot([], [], "o-", ms=4, color=colours[value], label=value)
         figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
         epochs = f"{table.epochs.max()} epochs (faint: {table.epochs.min()})"
-        return _stamped(figure, f"{epochs}; dashed: random network\n{data}, first seed", data)
+        return _stamped(figure, f"{epochs}; dashed: random network; {data}, first seed", data)
 
 
 def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], data: str, place: str) -> Figure:
