@@ -46,7 +46,7 @@ def test_pruned_readouts_are_readouts_with_zeros(run):
     """The accuracy of a masked readout is what measuring with zeroed weights gives, and fewer weights are kept at a
     higher threshold."""
     table = stages.pruned_readouts(run)
-    assert set(table.tap) == {"block", "ff2"} and set(table.method) == {"andc", "permuted", "random"}
+    assert set(table.tap) == {"attn", "block", "ff2"} and set(table.method) == {"andc", "permuted", "random"}
     along = table[table.method == "andc"].pivot(index=["tap", "encoder"], columns="threshold", values="dilution")
     assert (along.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None) and along.iloc[:, -1].min() > 0.5
     network, _ = stages.load_network(run, 0, "trained")
