@@ -66,7 +66,7 @@ CAPTIONS = {
     ),
     "head_specialisation": (
         "04", "C5",
-        "Excess specialisation of heads, and accuracy lost on own and on other labels when a head is silenced.",
+        "Excess specialisation of heads, and accuracy lost on own labels less that on others when a head is silenced.",
         "Nodes permuted among heads; random weights; owners dealt at random.",
     ),
     "cooperation": (

@@ -147,6 +147,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             others = readouts.measure(network, places, weights, x, y, *images.statistics)
             save_tensors(folder / "fields_held_out.safetensors", _fields(weights, others))
 
+    # "deciding" is what stored stages call the taps that are looked at on held-out images
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": unseen}
     return run.stage(f"readouts-{kind}-seed{seed}", 5, config, inputs, make)
 
@@ -668,7 +669,7 @@ def _pruned_readouts(run: Run, seed: int) -> Artefact:
         weights = {tap.name: read[tap.name].to(images.x_test.device) for tap in places}
         rows, masks = [], {tap.name: [] for tap in places}
         for tap in places:
-            pairs = {tap.name: (tap.name, "labels")}
+            pairs, whole = {tap.name: (tap.name, "labels")}, correct[tap.name].float().mean().item()
             for at in run.settings.prune_thresholds:
                 generator = training.generator(seed, "readout masks", tap.name, at)
                 own = {tap.name: sets[f"{at:g}/{tap.name}"]}
@@ -678,7 +679,6 @@ def _pruned_readouts(run: Run, seed: int) -> Artefact:
                 for method, found in ({"andc": andc_masks} | others).items():
                     masks[tap.name].append(found[tap.name])
                     row = {"seed": seed, "encoder": tap.encoder, "tap": tap.kind, "threshold": at, "method": method}
-                    whole = correct[tap.name].float().mean().item()
                     rows.append(row | {"dilution": andc.dilution(found), "whole": whole})
         kept = {name: torch.stack(found).float().to(images.x_test.device) for name, found in masks.items()}  # (M, L, D)
         right = {name: 0 for name in kept}
@@ -804,9 +804,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
             if ablated is not None:
                 unseen = snp.boolean_matrices(held[tap], s.threshold)
                 owner = heads.assign_labels(heads.cooperation_counts(unseen, num_heads)).owner
-                drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owned.owner)
-                mine, other, _ = heads.own_label_drops(drop, own, generator, draws=1)
-                summary["gap_same_images"] = mine - other
+                summary["gap_same_images"] = _gap(intact, ablated[encoder - 1], labels, owned.owner)
                 drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owner)
                 # The same test images are drawn for every encoder, so that draws can be averaged over encoders.
                 mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
@@ -817,9 +815,7 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
                 summary["gap_null_high"] = interval(dealt[-1])[1]
                 summary["first_mean_gap"] = math.nan
                 if averaged is not None:
-                    softer, own = heads.ablation_drops(intact, averaged[encoder - 1], labels, owner)
-                    mine, other, _ = heads.own_label_drops(softer, own, generator, draws=1)
-                    summary["first_mean_gap"] = mine - other
+                    summary["first_mean_gap"] = _gap(intact, averaged[encoder - 1], labels, owner)
                 drop = _by_label(drop.float().T, labels, len(counts[0]))
             for head in range(num_heads):
                 columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
@@ -846,6 +842,13 @@ def _heads(run: Run, seed: int, kind: str) -> Artefact:
 
     config = run.config("threshold", "permutations") | {"seed": seed, "first": first}
     return run.stage(f"heads-{kind}-seed{seed}", 6, config, inputs, make)
+
+
+def _gap(intact: Tensor, ablated: Tensor, labels: Tensor, owner: Tensor) -> float:
+    """Accuracy lost on own labels less that on others, without its interval (see `heads.own_label_drops`)."""
+    drop, own = heads.ablation_drops(intact, ablated, labels, owner)
+    mine, other, _ = heads.own_label_drops(drop, own, training.generator(0), draws=1)
+    return mine - other
 
 
 def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:

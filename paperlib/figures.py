@@ -264,11 +264,11 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
             for method, colour in METHOD_COLOURS.items():
                 part = table[(table.method == method) & (table.layers == layers)].groupby(["threshold", "seed"])
                 by_seed = part.mean(numeric_only=True).sort_values("dilution").groupby("threshold", sort=False)
-                mean, spread = 100 * by_seed.mean(), 100 * by_seed.loss.std().fillna(0)
+                mean, spread = by_seed.mean(), 100 * by_seed.loss.std().fillna(0)
+                style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
                 for axis, what in ((upper, "accuracy"), (lower, "loss")):
-                    style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
-                    axis.errorbar(mean.dilution / 100, mean[what], spread, **style)
-                    axis.plot(mean.dilution / 100, mean[f"retrained_{what}"], "D", ms=6, mfc="none", color=colour)
+                    axis.errorbar(mean.dilution, 100 * mean[what], spread, **style)
+                    axis.plot(mean.dilution, 100 * mean[f"retrained_{what}"], "D", ms=6, mfc="none", color=colour)
             lower.axhline(0.5, color="black", lw=0.8)
             lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1), ylim=(5, -2))
         if table.retrained_accuracy.notna().any():
