@@ -59,7 +59,7 @@ class Settings(BaseModel):
         description="of the network in training steps; auto: bf16 where it is fast"
     )
     max_steps: int = Field(ge=0, description="steps in an epoch, to cut a walk short (0: all)")
-    held_out: Threshold = Field(description="share of the training images that readouts never see (they decide masks and owners)")
+    held_out: Threshold = Field(description="share of training images that readouts never see (for masks and owners)")
     taps: list[str] = Field(min_length=1, description="taps measured in notebook 02, attn and block among them")
     taps_once: list[str] = Field(description="further taps, measured for the first seed only")
     readout_epochs: int = Field(ge=1, description="epochs of readout training")
