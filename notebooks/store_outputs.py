@@ -8,12 +8,14 @@ kernel, figures/<profile>/pages/*.html, and the small files of the stages that s
 figures/<profile>/stages, which later walks and notebooks/regenerate.py take them from. The tables of README and docs
 are made anew: of verdicts from the profile's summary.json, of reference networks from their cards.
 
-A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more.
+A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more;
+and a walk of some notebooks (--only) is stored with the claims of the others as not measured yet.
 """
 
 import argparse
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -31,6 +33,7 @@ CLAIMS = {
     "C5": "[each head becomes expert in its own labels](notebooks/04_head_modus_vivendi.ipynb)",
     "C6": "[accuracy follows from single nodes](notebooks/02_snr_per_encoder.ipynb)",
 }
+NOT_YET = "not measured yet"  # a claim whose notebook is not among those of the walk
 REFERENCES = ("<!-- reference networks: made by notebooks/store_outputs.py -->", "<!-- end of networks -->")
 MARKS = ("<!-- verdicts of {}: made by notebooks/store_outputs.py -->", "<!-- end of verdicts -->")
 
@@ -39,15 +42,20 @@ def verdict_table(summary: dict) -> str:
     """The rows of a summary.json that decide a claim as a Markdown table; a claim is named in its first row."""
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
     words = of_claims(summary["verdicts"])
-    for row in (row for row in summary["verdicts"] if not row["beside"]):
-        word = words.pop(row["claim"], None)
-        claim = f"{row['claim']}: {CLAIMS[row['claim']]}: **{word}**" if word else ""
-        lines.append(f"| {claim} | {_cells(row)} |")
+    for claim, text in CLAIMS.items():
+        name = f"{claim}: {text}: **{words.get(claim, NOT_YET)}**"
+        rows = [row for row in summary["verdicts"] if row["claim"] == claim and not row["beside"]]
+        for number, row in enumerate(rows):
+            lines.append(f"| {'' if number else name} | {_cells(row)} |")
+        if not rows:
+            lines.append(f"| {name} | | | | |")
     return "\n".join(lines)
 
 
 def claim_table(rows: list[dict]) -> str:
     """The verdict on one claim in bold, and all its rows as a Markdown table, with each seed's effect and interval."""
+    if not rows:
+        return f"**{NOT_YET[0].upper()}{NOT_YET[1:]}.**"
     lines = [f"**{word[0].upper()}{word[1:]}.**\n" for word in of_claims(rows).values()]
     lines += ["| measured | effect ± uncertainty | null | verdict | by seed | notes |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -105,10 +113,15 @@ def number(cells: list[nbformat.NotebookNode]) -> None:
                 output["execution_count"] = count
 
 
-def executed_notebooks(root: Path, profile: str) -> dict[Path, tuple[nbformat.NotebookNode, nbformat.NotebookNode]]:
-    """Every notebook with the outputs of a walk, and the walk's own copy of it, by its path; all of them or none."""
+def notebook_files() -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted((runs.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def executed_notebooks(profile: str, names: Iterable[str]) -> dict[Path, tuple[nbformat.NotebookNode, ...]]:
+    """Notebooks with the outputs of a walk, and the walk's own copy of each, by its path; all of them or none."""
     notebooks = {}
-    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    for path in (runs.root() / "notebooks" / f"{name}.ipynb" for name in names):
         try:
             executed = nbformat.read(runs.folder_of("runs") / profile / path.name, as_version=4)
             notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed, profile), executed
@@ -174,13 +187,16 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         summary = runs.read_json(figures / "summary.json")
         if profile == "quick":
-            for path, (notebook, _) in executed_notebooks(root, profile).items():
+            every = executed_notebooks(profile, (path.stem for path in notebook_files()))
+            for path, (notebook, _) in every.items():
                 nbformat.write(notebook, path)
         elif summary["config"]["weights"] != "reference":
             raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
         else:
-            store_pages(executed_notebooks(root, profile), figures / "pages")
-            store_stages(summary["stages"], made, kept)
+            store_pages(executed_notebooks(profile, summary["results"]), figures / "pages")
+            whole = summary["results"].keys() >= {path.stem for path in notebook_files()}
+            others = {} if whole else finished_stages(kept)  # a walk of some notebooks does not know theirs
+            store_stages(others | summary["stages"], made, kept)
     except ValueError as error:
         sys.exit(f"store_outputs: {error}")
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):

@@ -178,10 +178,13 @@ def test_committed_results_fit_the_committed_profile(folder):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["profile"] == folder.name
     assert summary["config"] == json.loads(json.dumps(parameters.load_settings(folder.name).model_dump()))
-    assert list(summary["results"]) == [path.stem for path in NOTEBOOKS]
+    walked = [path.stem for path in NOTEBOOKS if path.stem in summary["results"]]
+    assert list(summary["results"]) == (walked if folder.name != "quick" else [path.stem for path in NOTEBOOKS])
     assert "+changes" not in summary["revision"]
     claims = [row["claim"] for row in summary["verdicts"]]
-    assert claims == sorted(claims) and {"C2", "C3", "C4", "C5"} <= set(claims)
+    assert claims == sorted(claims)
+    decided = {"02": {"C2", "C3", "C6"}, "03": {"C4"}, "04": {"C5"}, "05": {"C1"}}
+    assert set(claims) == set().union(*(decided.get(name[:2], set()) for name in walked))
 
 
 @pytest.mark.parametrize("profile", [path.name for path in WALKS])

@@ -1,6 +1,7 @@
 """Committed results: what a summary names, without large files, and nothing else."""
 
 import html
+import itertools
 import json
 import re
 import shutil
@@ -93,10 +94,11 @@ def executed_copies(folder, parameters):
 
 def test_executed_notebooks_become_pages(folders):
     executed_copies(folders / "runs" / "cifar100-cpu", 'profile = "cifar100-cpu"\nsettings = {}')
-    notebooks = store_outputs.executed_notebooks(runs.root(), "cifar100-cpu")
+    names = ("03_andc_pruning", "05_cnn_counterpart")
+    notebooks = store_outputs.executed_notebooks("cifar100-cpu", names)
     store_outputs.store_pages(notebooks, folders / "pages")
     pages = {path.stem: path.read_text() for path in (folders / "pages").iterdir()}
-    assert pages.keys() == {path.stem for path in notebooks}
+    assert pages.keys() == set(names)
     for name, page in pages.items():
         assert f"<title>{name}</title>" in page and "data:image/png" in page
         text = html.unescape(re.sub("<[^>]+>", "", page))
@@ -110,7 +112,7 @@ def test_executed_notebooks_become_pages(folders):
 def test_copies_of_another_walk_are_refused(parameters, folders):
     executed_copies(folders / "runs" / "cifar100", parameters)
     with pytest.raises(SystemExit, match="other parameters"):
-        store_outputs.executed_notebooks(runs.root(), "cifar100")
+        store_outputs.executed_notebooks("cifar100", ["03_andc_pruning"])
 
 
 @pytest.mark.parametrize("figures", ["elsewhere", "figures"])
@@ -144,3 +146,35 @@ def test_a_measurement_agrees_within_the_spread_of_the_seeds():
     again.loc[("block", 4), "snr"] -= 0.05
     agrees = remeasure.compared(again, table, 0)["snr"].agrees
     assert agrees.tolist() == [True, True, True, False]
+
+
+def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():
+    row = {"claim": "C2", "statistic": "SNR", "effect": 1.0, "uncertainty": 0.1, "null": "none", "notes": ""}
+    row |= {"verdict": "supported", "beside": False, "by_seed": []}
+    summary = {"profile": "cut", "verdicts": [row]}
+    table = store_outputs.verdict_table(summary).splitlines()
+    words = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in table[2:]}
+    assert words == {claim: "supported" if claim == "C2" else "not measured yet" for claim in store_outputs.CLAIMS}
+    marks = [(store_outputs.MARKS[0].format(f"cut, {claim}"), store_outputs.MARKS[1]) for claim in ("C2", "C4")]
+    page = store_outputs.with_tables("\n".join(itertools.chain(*marks)), summary)
+    assert "**Supported.**" in page and "**Not measured yet.**" in page
+
+
+def test_storing_some_notebooks_keeps_the_stages_of_the_others(folders, monkeypatch):
+    figures = folders / "figures" / "cifar100-cpu"
+    monkeypatch.setattr(runs, "root", lambda: folders)
+    for page in ("README.md", "docs/page.md"):
+        (folders / page).parent.mkdir(exist_ok=True)
+        (folders / page).write_text("\n".join(store_outputs.REFERENCES))
+    (folders / "notebooks").mkdir()
+    (folders / "notebooks" / "03_andc_pruning.ipynb").write_text("")
+    for stage in ("snr-seed0", "andc-seed0"):
+        (figures / "stages" / stage / "key").mkdir(parents=True)
+        (figures / "stages" / stage / "key" / "stage.json").write_text("{}")
+    summary = {"profile": "cifar100-cpu", "config": {"weights": "reference"}, "results": {}, "verdicts": []}
+    for results, kept in (({}, {"snr-seed0", "andc-seed0"}), ({"03_andc_pruning": {}}, {"snr-seed0"})):
+        summary |= {"stages": {"snr-seed0": "key"}, "results": results}
+        (figures / "summary.json").write_text(json.dumps(summary))
+        monkeypatch.setattr(store_outputs, "executed_notebooks", lambda profile, names: {})
+        store_outputs.main(["cifar100-cpu"])
+        assert {path.name for path in (figures / "stages").iterdir() if any(path.iterdir())} == kept
