@@ -580,6 +580,21 @@ def label_sets(run: Run, seed: int) -> Artefact:
     return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
 
 
+def input_norms(run: Run, seed: int, layers: str) -> Artefact:
+    """Stage: root mean square of what goes into each node of the layers that are pruned, over the held-out training
+    images. norms: module path -> (K,)."""
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        _, held = held_out(run.images.y_train, run.settings.held_out)
+        names = andc.connections(network, layers)
+        save_arrays(folder / "norms.npz", andc.input_norms(network, names, images.x_train[held], *images.statistics))
+
+    config = run.config(*ARCHITECTURE, "held_out") | {"seed": seed, "layers": layers}
+    return run.stage(f"input-norms-{layers}-seed{seed}", 1, config, inputs, make)
+
+
 def unpruned(run: Run, seed: int) -> Artefact:
     """Stage: what pruned networks are compared with. answers: intact, and where the settings retrain pruned networks
     retrained (the same network after the same short training, without masks) -> (n_test,) bool."""
@@ -610,6 +625,7 @@ def _retrained(run: Run, network: nn.Module, images: Images, seed: int, checkpoi
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
     source, first, reference = readout(run, seed, "trained"), seed == s.seeds[0], unpruned(run, seed)
+    sets, norms = label_sets(run, seed).arrays("sets"), input_norms(run, seed, layers).arrays("norms")
     network, inputs = load_network(run, seed, "trained")
     again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
 
@@ -619,7 +635,7 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         intact = before["intact"]
         parameters, macs = sum(p.numel() for p in network.parameters()), _macs(network, images.x_test[:1])
         rows = []
-        for method, draw, masks in _masks(run, network, images, label_sets(run, seed), seed, layers, threshold):
+        for method, draw, masks in _masks(run, network, sets, norms, seed, layers, threshold):
             pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
             row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
             weights, products = andc.savings(masks, network, images.x_test[:1].float())
@@ -695,16 +711,15 @@ def _pruned_readouts(run: Run, seed: int) -> Artefact:
     return run.stage(f"pruned-readouts-seed{seed}", 1, config, inputs, make)
 
 
-def _masks(run: Run, network: nn.Module, images: Images, source: Artefact, seed: int, layers: str, threshold: float):
-    """ANDC's masks and those of its controls at equal dilution: (method, draw, masks)."""
-    pairs, found = andc.connections(network, layers), source.arrays("sets")
+def _masks(run: Run, network: nn.Module, found: dict, norms: dict, seed: int, layers: str, threshold: float):
+    """ANDC's masks and those of its controls at equal dilution: (method, draw, masks). found and norms: arrays of
+    `label_sets` and `input_norms`."""
+    pairs = andc.connections(network, layers)
     ends = {end for pair in pairs.values() for end in pair} - {"labels"}
     sets = {tap: found[f"{threshold:g}/{tap}"] for tap in sorted(ends)}
     masks = andc.andc_masks(sets, pairs)
-    _, held = held_out(run.images.y_train, run.settings.held_out)
     yield "andc", 0, masks
     yield "magnitude", 0, andc.magnitude_masks(masks, network)
-    norms = andc.input_norms(network, masks, images.x_train[held], *images.statistics)
     yield "activation", 0, andc.activation_masks(masks, network, norms)
     for draw in range(run.settings.prune_draws):
         yield "random", draw, andc.random_masks(masks, training.generator(seed, "random masks", draw))

@@ -71,8 +71,8 @@ def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, T
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
     that they lead from (Wanda); norms: module path -> (K,), see `input_norms`."""
-    scores = {name: _sizes(network, name) * norms[name] for name in masks}
-    return {name: _top(scores[name].to(mask.device), mask) for name, mask in masks.items()}
+    scores = {name: _sizes(network, name).to(mask.device) * norms[name].to(mask.device) for name, mask in masks.items()}
+    return {name: _top(scores[name], mask) for name, mask in masks.items()}
 
 
 def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor) -> dict:

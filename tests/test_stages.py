@@ -7,7 +7,7 @@ import pytest
 import stages
 import torch
 
-from paperlib import andc, data, figures, readouts, snp, training
+from paperlib import andc, data, figures, readouts, snp
 from paperlib.taps import cct_taps
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
@@ -21,11 +21,10 @@ def run(folders):
 def masks_of(run, layers="ff"):
     """All masks of the first threshold, the controls among them."""
     network, _ = stages.load_network(run, 0, "trained")
-    images = run.images.to(training.best_device())
-    source = stages.label_sets(run, 0)
+    found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, layers).arrays("norms")
     return {
         (method, draw, name): mask
-        for method, draw, masks in stages._masks(run, network, images, source, 0, layers, 0.4)
+        for method, draw, masks in stages._masks(run, network, *found, 0, layers, 0.4)
         for name, mask in masks.items()
     }
 
