@@ -6,6 +6,7 @@ Each fault replaces one piece of code in a copy of the project and runs the test
 fault goes unnoticed. All of them take about 4 minutes.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -86,8 +87,12 @@ def noticed(fault: tuple) -> bool:
 
 
 def main() -> int:
-    chosen = [int(number) for number in sys.argv[1:]] or range(len(FAULTS))
-    missed = 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "numbers", nargs="*", type=int, choices=range(len(FAULTS)), metavar="NUMBER", default=range(len(FAULTS)),
+        help="which faults, counted from 0 (default: all)",
+    )  # fmt: skip
+    chosen, missed = parser.parse_args().numbers, 0
     for number in chosen:
         found = noticed(FAULTS[number])
         missed += not found
