@@ -89,10 +89,11 @@ def noticed(fault: tuple) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "numbers", nargs="*", type=int, choices=range(len(FAULTS)), metavar="NUMBER", default=range(len(FAULTS)),
-        help="which faults, counted from 0 (default: all)",
-    )  # fmt: skip
-    chosen, missed = parser.parse_args().numbers, 0
+        "numbers", nargs="*", type=int, metavar="NUMBER", help=f"which faults, 0 to {len(FAULTS) - 1} (default: all)"
+    )
+    chosen, missed = parser.parse_args().numbers or range(len(FAULTS)), 0
+    if not set(chosen) <= set(range(len(FAULTS))):
+        parser.error(f"faults are numbered from 0 to {len(FAULTS) - 1}")
     for number in chosen:
         found = noticed(FAULTS[number])
         missed += not found
