@@ -657,6 +657,27 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
 
 
+def signs_of_filters(half: Run) -> pd.DataFrame:
+    """What ANDC removes from a CNN: one row per seed, threshold and layer, with the dilution and, of the kernels kept
+    and of those removed, the share whose weights sum to less than 0 and the mean size (sum of |weights|). Filters
+    answer with 0 or more, so that a kernel with a negative sum silences."""
+    rows = []
+    for seed in half.settings.seeds:
+        (network, _), found = load_network(half, seed, "trained"), label_sets(half, seed).arrays("sets")
+        pairs = andc.connections(network, "filters")
+        for at in half.settings.prune_thresholds:
+            sets = {tap: found[f"{at:g}/{tap}"] for pair in pairs.values() for tap in pair}
+            for name, mask in andc.andc_masks(sets, pairs).items():
+                kernels = network.get_submodule(name).weight.flatten(2).cpu()
+                row = {"seed": seed, "threshold": at, "layer": _encoder(pairs[name][1])}
+                row["dilution"] = andc.dilution({name: mask})
+                for which, part in (("kept", kernels[mask]), ("removed", kernels[~mask])):
+                    row[f"negative {which}"] = (part.sum(dim=1) < 0).float().mean().item()
+                    row[f"size {which}"] = part.abs().sum(dim=1).mean().item()
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def pruned_readouts(run: Run) -> pd.DataFrame:
     """Stage for every seed: ANDC on readouts, where the weights from a node to a label stay iff the node recognises it;
     the taps of the settings whose nodes were looked at on held-out images.

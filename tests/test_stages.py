@@ -61,6 +61,22 @@ def test_pruned_readouts_are_readouts_with_zeros(run):
 
 
 @pytest.mark.slow
+def test_signs_of_filters_are_those_of_the_kernels_that_a_mask_keeps_and_removes(run):
+    half = stages.cnn_half(run)
+    row = stages.signs_of_filters(half).query("threshold == 0.4 and layer == 3").iloc[0]
+    (network, _), sets = stages.load_network(half, 0, "trained"), stages.label_sets(half, 0).arrays("sets")
+    name, (into, out) = list(andc.connections(network, "filters").items())[1]  # the convolution before layer 3
+    counts = {True: [0, 0], False: [0, 0]}
+    for j, kernels in enumerate(network.get_submodule(name).weight):
+        for k, kernel in enumerate(kernels):
+            kept = bool((sets[f"0.4/{out}"][j] & sets[f"0.4/{into}"][k]).any())
+            counts[kept][int(kernel.sum() < 0)] += 1
+    assert row["dilution"] == pytest.approx(sum(counts[False]) / (sum(counts[True]) + sum(counts[False])))
+    assert row["negative kept"] == pytest.approx(counts[True][1] / sum(counts[True]))
+    assert row["negative removed"] == pytest.approx(counts[False][1] / sum(counts[False]))
+
+
+@pytest.mark.slow
 def test_no_image_that_trained_a_readout_decides_a_mask(run, monkeypatch):
     """The matrices behind the masks are those of the held-out images alone, with the readouts of the others."""
     seen = []
