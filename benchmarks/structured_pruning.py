@@ -17,7 +17,7 @@ import warnings
 import torch
 import torch_pruning
 
-from paperlib import andc, runs, snp, training
+from paperlib import andc, runs, training
 from paperlib.data import normalise
 
 sys.path.insert(0, str(runs.root() / "notebooks"))
@@ -59,7 +59,7 @@ def main() -> None:
     seed, images = run.settings.seeds[0], run.images
     network, _ = stages.load_network(run, seed, "trained")
     network = network.cpu()
-    fields = stages.readout(run, seed, "trained").tensors("fields_held_out")
+    found, pairs = stages.label_sets(run, seed).arrays("sets"), andc.connections(network, "ff")
     batch = normalise(images.x_test[:128], *images.statistics)
     print("| threshold | method | ff1 nodes removed | parameters | multiply-adds | test accuracy | ms per batch |")
     print("|---|---|---|---|---|---|---|")
@@ -73,9 +73,7 @@ def main() -> None:
 
     show("", "unpruned", 0, network)
     for threshold in run.settings.prune_thresholds:
-        pairs = andc.connections(network, "ff")
-        sets = {tap: snp.diagonal_labels(snp.boolean_matrices(field, threshold)) for tap, field in fields.items()}
-        masks = andc.andc_masks(sets, pairs)
+        masks = andc.andc_masks(stages.sets_at(threshold, found, pairs), pairs)
         nodes = andc.removable(masks)
         counts = {path: int(gone.sum()) for path, gone in nodes.items()}
         show(threshold, "ANDC", sum(counts.values()),

@@ -580,6 +580,12 @@ def label_sets(run: Run, seed: int) -> Artefact:
     return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
 
 
+def sets_at(threshold: float, found: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Of the arrays of `label_sets` those of one threshold and of the taps that connections lead from or to."""
+    ends = {end for pair in pairs.values() for end in pair} - {"labels"}
+    return {tap: found[f"{threshold:g}/{tap}"] for tap in sorted(ends)}
+
+
 def input_norms(run: Run, seed: int, layers: str) -> Artefact:
     """Stage: root mean square of what goes into each node of the layers that are pruned, over the held-out training
     images. norms: module path -> (K,)."""
@@ -666,8 +672,7 @@ def signs_of_filters(half: Run) -> pd.DataFrame:
         (network, _), found = load_network(half, seed, "trained"), label_sets(half, seed).arrays("sets")
         pairs = andc.connections(network, "filters")
         for at in half.settings.prune_thresholds:
-            sets = {tap: found[f"{at:g}/{tap}"] for pair in pairs.values() for tap in pair}
-            for name, mask in andc.andc_masks(sets, pairs).items():
+            for name, mask in andc.andc_masks(sets_at(at, found, pairs), pairs).items():
                 kernels = network.get_submodule(name).weight.flatten(2).cpu()
                 row = {"seed": seed, "threshold": at, "layer": _encoder(pairs[name][1])}
                 row["dilution"] = andc.dilution({name: mask})
@@ -736,8 +741,7 @@ def _masks(run: Run, network: nn.Module, found: dict, norms: dict, seed: int, la
     """ANDC's masks and those of its controls at equal dilution: (method, draw, masks). found and norms: arrays of
     `label_sets` and `input_norms`."""
     pairs = andc.connections(network, layers)
-    ends = {end for pair in pairs.values() for end in pair} - {"labels"}
-    sets = {tap: found[f"{threshold:g}/{tap}"] for tap in sorted(ends)}
+    sets = sets_at(threshold, found, pairs)
     masks = andc.andc_masks(sets, pairs)
     yield "andc", 0, masks
     yield "magnitude", 0, andc.magnitude_masks(masks, network)
