@@ -455,6 +455,18 @@ def macroscopic_accuracies(run: Run) -> pd.DataFrame:
     return pd.concat([_macroscopic(run, seed).table("macroscopic") for seed in run.settings.seeds], ignore_index=True)
 
 
+def predictions_by_size(subsets: pd.DataFrame) -> pd.DataFrame:
+    """How good the predictions of `macroscopic_accuracies` are beyond encoder 1, one row per number of nodes: mean
+    error of the prediction and of the size-only curve, and the median, over encoders and seeds, of the rank
+    correlation of predicted and measured among sets of one size, encoder and seed; nan for the set of all nodes."""
+    part = subsets[subsets.encoder > 1]
+    guesses = part[["predicted", "only_size"]]
+    errors = guesses.sub(part.measured, axis=0).abs().groupby(part["size"]).mean()
+    cells = part.groupby(["size", "encoder", "seed"])[["predicted", "measured"]]
+    ranks = cells.apply(lambda cell: cell.predicted.rank().corr(cell.measured.rank()) if len(cell) > 1 else math.nan)
+    return errors.add_prefix("error_").assign(rank_correlation=ranks.groupby("size").median()).round(3)
+
+
 def _macroscopic(run: Run, seed: int) -> Artefact:
     source = readout(run, seed, "trained")
     network, inputs = load_network(run, seed, "trained")
@@ -661,6 +673,66 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
     inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
+
+
+def why_filters(half: Run) -> pd.DataFrame:
+    """Stage for every seed: is it the signs of what ANDC removes from a CNN that costs accuracy, or statistics of batch
+    norm that no longer fit? ANDC's masks, random ones, and random ones that remove as many kernels with a negative sum
+    as ANDC does, straight after pruning and with batch norm's statistics taken anew from 5,000 training images.
+
+    seed, threshold, method (andc, random, same signs), dilution, accuracy, refreshed_accuracy (0..1). The smallest
+    thresholds of the sweep: at larger ones nothing is left to compare.
+    """
+    return pd.concat([_why_filters(half, seed).table("filters") for seed in half.settings.seeds], ignore_index=True)
+
+
+def _why_filters(half: Run, seed: int) -> Artefact:
+    source, thresholds = label_sets(half, seed), half.settings.prune_thresholds[:3]
+    network, inputs = load_network(half, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images, found = half.images.to(training.best_device()), source.arrays("sets")
+        kept, _ = held_out(half.images.y_train, half.settings.held_out)
+        pairs, rows = andc.connections(network, "filters"), []
+        for at in thresholds:
+            generator = training.generator(seed, "filters", at)
+            masks = andc.andc_masks(sets_at(at, found, pairs), pairs)
+            methods = {"andc": masks, "random": andc.random_masks(masks, generator)}
+            methods["same signs"] = _same_signs(masks, network, generator)
+            for method, drawn in methods.items():
+                pruned = andc.apply_masks(copy.deepcopy(network), drawn)
+                row = {"seed": seed, "threshold": at, "method": method, "dilution": andc.dilution(drawn)}
+                row["accuracy"] = _right_answers(pruned, images).float().mean().item()
+                _refresh(pruned, images.x_train[kept[:5000]], images)
+                rows.append(row | {"refreshed_accuracy": _right_answers(pruned, images).float().mean().item()})
+        save_table(folder / "filters.csv", rows)
+
+    config = half.config(*ARCHITECTURE, "held_out") | {"seed": seed, "thresholds": thresholds}
+    return half.stage(f"why-filters-seed{seed}", 1, config, inputs | {"label sets": source.sha256}, make)
+
+
+def _same_signs(masks: dict[str, Tensor], network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random masks that keep as many kernels with a negative sum, and as many others, as the given ones."""
+    drawn = {}
+    for name, mask in masks.items():
+        negative = (network.get_submodule(name).weight.flatten(2).sum(dim=2) < 0).to(mask.device)
+        drawn[name] = torch.zeros_like(mask)
+        for part in (negative, ~negative):
+            drawn[name][part] = andc.random_masks({name: mask[part]}, generator)[name]
+    return drawn
+
+
+@torch.no_grad()
+def _refresh(network: nn.Module, x: Tensor, images: Images) -> None:
+    """Take the statistics of batch norm anew, as means over batches of these images."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the mean over all batches
+    network.train()
+    for batch in x.split(250):
+        network(normalise(batch, *images.statistics))
+    network.eval()
 
 
 def signs_of_filters(half: Run) -> pd.DataFrame:
@@ -972,10 +1044,31 @@ def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
 
 
+def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
+    """Which labels go to one head? Share of the pairs of labels of one superclass that have the same owner, with its
+    mean and 97.5 % quantile over dealt labels; one row per seed and encoder, none for labels without superclasses."""
+    groups, rows = superclasses(run.images.classes), []
+    owned = labels[labels.owner & (labels.network == "trained")]
+    for (seed, encoder), part in owned.groupby(["seed", "encoder"]) if groups is not None else ():
+        owner = torch.full((len(groups),), -1)
+        owner[torch.tensor(part.label.to_numpy())] = torch.tensor(part["head"].to_numpy())
+        same = (groups[:, None] == groups).triu(1)
+        generator = training.generator(seed, "dealt superclasses", encoder)
+        order = [torch.randperm(len(groups), generator=generator) for _ in range(run.settings.permutations)]
+        found, *dealt = (
+            ((dealing[:, None] == dealing) & (dealing >= 0))[same].float().mean().item()
+            for dealing in (owner, *(owner[permutation] for permutation in order))
+        )
+        row = {"seed": seed, "encoder": encoder, "same_owner": found, "dealt": sum(dealt) / len(dealt)}
+        rows.append(row | {"dealt_high": interval(dealt)[1]})
+    return pd.DataFrame(rows, columns=["seed", "encoder", "same_owner", "dealt", "dealt_high"])
+
+
 def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     """What each head of the first and last encoder attends to: attention received by each token, averaged over test
     images of the head's own labels and over the others; first seed. A figure, the numbers behind it, and how far the
-    two maps of a head differ (see `_difference`) beside its mean and 97.5 % quantile over owners dealt at random."""
+    two maps of a head differ (see `_difference`), beside what the other heads' maps differ on the same images (own
+    labels may look alike to every head), and mean and 97.5 % quantile over owners dealt at random."""
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
@@ -994,11 +1087,14 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
                 for token, value in enumerate(received[chosen, head].mean(dim=0).tolist() if chosen.any() else []):
                     rows.append({"encoder": encoder, "head": head, "labels": which, "token": token, "attention": value})
         y, generator = images.y_test.cpu(), training.generator(seed, "dealt attention", encoder)
-        found = _difference(received, y, owner)
+        found, count = _difference(received, y, owner), received.shape[1]
+        others = [_difference(received.roll(step, dims=1), y, owner) for step in range(1, count)]
+        others = torch.stack(others).mean(dim=0) if others else torch.full((count,), torch.nan)
         order = [torch.randperm(len(owner), generator=generator) for _ in range(run.settings.permutations)]
         dealt = torch.stack([_difference(received, y, owner[part]) for part in order])
         for head, value in enumerate(found.tolist()):
             row = {"encoder": encoder, "head": head, "labels": int((owner == head).sum()), "difference": value}
+            row["other_heads"] = others[head].item()
             differences.append(row | {"dealt": dealt[:, head].mean().item(), "dealt_high": interval(dealt[:, head])[1]})
     table, differences = pd.DataFrame(rows), pd.DataFrame(differences).set_index(["encoder", "head"])
     return figures.attention_maps(table, run.images.name, f"seed {seed}"), table, differences.round(4)

@@ -53,15 +53,18 @@ def verdict_table(summary: dict) -> str:
 
 
 def claim_table(rows: list[dict]) -> str:
-    """The verdict on one claim in bold, and all its rows as a Markdown table, with each seed's effect and interval."""
+    """The verdict on one claim in bold, all its rows as a Markdown table, and below it each seed's effect and interval
+    and the notes, row by row."""
     if not rows:
         return f"**{NOT_YET[0].upper()}{NOT_YET[1:]}.**"
     lines = [f"**{word[0].upper()}{word[1:]}.**\n" for word in of_claims(rows).values()]
-    lines += ["| measured | effect ± uncertainty | null | verdict | by seed | notes |", "|---|---|---|---|---|---|"]
+    lines += ["| measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|"]
+    lines += [f"| {_cells(row)}{BESIDE * row['beside']} |" for row in rows]
+    lines += ["", "<details><summary>by seed, and notes</summary>", ""]
     for row in rows:
         seeds = ", ".join(f"{effect:.3f} [{low:.3f}, {high:.3f}]" for effect, low, high in row["by_seed"])
-        lines.append(f"| {_cells(row)}{BESIDE * row['beside']} | {seeds} | {row['notes']} |")
-    return "\n".join(lines)
+        lines.append(f"* {row['statistic']}: " + "; ".join(part for part in (seeds, row["notes"]) if part))
+    return "\n".join([*lines, "", "</details>"])
 
 
 def _cells(row: dict) -> str:

@@ -103,11 +103,10 @@ def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
             effects.append(points[part][smallest])
             intervals.append((min(low for low, _ in bounds), bounds[smallest][1]))
     where, (size, other) = "smallest over encoders and taps", np.max(largest, axis=0)
-    notes = f"labels per cluster at most {size:.2f}, in the random network {other:.2f}"
-    bound = "none: the bound is L/10"
+    bound = f"none, a bound: at most {size:.2f} labels per cluster, {other:.2f} in the random network"
     return [
         verdict("C2", data, f"raw SNR above the random network's, {where}", *found["SNR"], RANDOM_NETWORK, True),
-        verdict("C2", data, f"L/10 - labels per cluster, {where}", *found["size"], bound, True, notes=notes),
+        verdict("C2", data, f"L/10 - labels per cluster, {where}", *found["size"], bound, True),
     ]
 
 
@@ -144,7 +143,10 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
         intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, _ in found), strict=True)]
         text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
         beaten = all(all(part) for _, _, part in found) and all(always for always, _ in tried)
-        notes = "; ".join(f"{half.upper()}: {said}" for (half, _), (_, said) in zip(halves, tried, strict=True) if said)
+        notes = "; ".join(
+            f"{half.upper()}: {np.mean(grown):.3f}" + f", {said}" * bool(said)
+            for (half, _), (grown, _, _), (_, said) in zip(halves, found, tried, strict=True)
+        )
         rows.append(verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten, notes=notes))
     return rows
 
@@ -195,6 +197,8 @@ def _penalties(table: pd.DataFrame, statistic: str) -> tuple[bool, str]:
     text = f"{word} the penalties {', '.join(failing or sorted(table.l2.astype(str).unique()))} (first seed)"
     trained = table[table.network == "trained"].astype({"l2": str})
     moved = trained.pivot_table(index=["l2", "encoder"], columns="epochs", values=column)
+    grown = moved.iloc[:, -1].groupby("l2").agg(lambda curve: curve.iloc[-1] - curve.iloc[0])
+    text += f", last - first {grown.min():.3f} to {grown.max():.3f} over them"
     if moved.shape[1] > 1:
         most = (moved.iloc[:, -1] - moved.iloc[:, 0]).abs().max()
         text += f", moves by {most:.3f} at most from {moved.columns[0]} to {moved.columns[-1]} epochs"
@@ -319,10 +323,8 @@ def macroscopic(table: pd.DataFrame, data: str) -> list[dict]:
     by_size = [part[["only_size", "measured", "predicted"]].to_numpy() for _, part in
                table[table.encoder > 1].groupby("seed")]  # fmt: skip
     alone = np.mean([_rank_agreement(points[None])[0] for points in by_size]) + 0.8
-    nulls = ("none: the bound is 0.8", "accuracy of as many nodes of encoder 1")
-    notes = (f"the subset's size alone reaches {alone:.3f}", "")
-    rows = zip(texts, effects, intervals, nulls, notes, strict=True)
-    return [verdict("C6", data, *row, True, notes=said) for *row, said in rows]
+    nulls = (f"none, a bound: the subset's size alone reaches {alone:.3f}", "accuracy of as many nodes of encoder 1")
+    return [verdict("C6", data, *row, True) for row in zip(texts, effects, intervals, nulls, strict=True)]
 
 
 def _rank_agreement(points: np.ndarray) -> np.ndarray:

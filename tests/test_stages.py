@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import parameters
 import pytest
 import stages
@@ -74,6 +75,58 @@ def test_signs_of_filters_are_those_of_the_kernels_that_a_mask_keeps_and_removes
     assert row["dilution"] == pytest.approx(sum(counts[False]) / (sum(counts[True]) + sum(counts[False])))
     assert row["negative kept"] == pytest.approx(counts[True][1] / sum(counts[True]))
     assert row["negative removed"] == pytest.approx(counts[False][1] / sum(counts[False]))
+
+
+@pytest.mark.slow
+def test_controls_of_filters(run):
+    """Random masks of the same signs remove as much of each sign; batch norm's statistics are those of the images."""
+    half = stages.cnn_half(run)
+    table = stages.why_filters(half)
+    assert table.groupby("threshold").dilution.nunique().eq(1).all()
+    network, _ = stages.load_network(half, 0, "trained")
+    masks = andc.random_masks({"features.4": torch.arange(network.features[4].weight[:, :, 0, 0].numel()).view(
+        network.features[4].weight.shape[:2]) % 3 > 0}, torch.Generator().manual_seed(1))  # fmt: skip
+    drawn = stages._same_signs(masks, network, torch.Generator().manual_seed(0))
+    negative = network.features[4].weight.sum(dim=(2, 3)) < 0
+    for sign in (negative, ~negative):
+        assert drawn["features.4"][sign].sum() == masks["features.4"][sign].sum() > 0
+    assert not torch.equal(drawn["features.4"], masks["features.4"])
+    stages._refresh(network, run.images.x_train[:500], run.images)
+    first = network.features[0](data.normalise(run.images.x_train[:500], *run.images.statistics))
+    torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert not network.training
+
+
+def test_owners_of_superclasses_find_planted_ones(run):
+    groups = stages.superclasses(tuple(stages.SUPERCLASSES.replace("|", " ").split()))
+    owners = {"by superclass": groups % 4, "dealt": torch.randperm(100, generator=torch.Generator().manual_seed(0)) % 4}
+    found = {}
+    images = replace(run.images, classes=tuple(stages.SUPERCLASSES.replace("|", " ").split()))
+    for name, owner in owners.items():
+        rows = {
+            "label": range(100),
+            "head": owner.tolist(),
+            "owner": True,
+            "seed": 0,
+            "encoder": 1,
+            "network": "trained",
+        }
+        found[name] = stages.owners_of_superclasses(replace(run, images=images), pd.DataFrame(rows)).iloc[0]
+    assert found["by superclass"].same_owner == 1 and 0.2 < found["dealt"].dealt < 0.3
+    assert found["dealt"].same_owner <= found["dealt"].dealt_high < 0.5
+    assert not len(stages.owners_of_superclasses(run, pd.DataFrame(rows)))  # labels without superclasses
+
+
+def test_predictions_are_judged_size_by_size():
+    rows = [
+        {"seed": 0, "encoder": encoder, "size": size, "measured": value, "predicted": value + 0.1, "only_size": 0.5}
+        for encoder in (1, 2, 3)
+        for size, values in ((4, (0.1, 0.2, 0.3)), (16, (0.5,)))
+        for value in values
+    ]
+    found = stages.predictions_by_size(pd.DataFrame(rows))
+    assert found.error_predicted.tolist() == pytest.approx([0.1, 0.1]) and found.error_only_size.tolist() == [0.3, 0]
+    assert found.rank_correlation[4] == 1 and pd.isna(found.rank_correlation[16])
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The rules of the verdicts, on tables whose answer is known."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,6 +208,7 @@ def test_penalties_count_after_all_epochs():
     assert {row["verdict"] for row in rows} == {"supported"}
     assert "holds for the penalties 0.001, 0.01" in rows[0]["notes"]
     assert "moves by 0.200 at most from 2 to 4 epochs" in rows[0]["notes"]
+    assert "last - first" in rows[0]["notes"]
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, table[table.tap == "block"])
     assert ["penalties" in row["notes"] for row in rows] == [True, False, True, False]  # accuracy, attn, block, ff2
 
@@ -356,7 +359,7 @@ def test_cnn_and_transformer_must_agree(curve, word):
     tried["cnn"] = penalty_table(code=(0.3, 0.2, 0.1)).replace("block", "conv")  # one penalty fails in one half
     rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L, tried)
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all("CNN: fails for the penalties code" in row["notes"] for row in rows)
+    assert all(re.search(r"CNN: -?[\d.]+, fails for the penalties code", row["notes"]) for row in rows)
 
 
 def retrained_table(permuted_loss):
