@@ -127,6 +127,13 @@ def test_results_that_others_could_not_use_are_refused(figures, folders, monkeyp
         store_outputs.main(["flowers102"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", sorted(path.parent.name for path in (runs.root() / "figures").glob("*/stages")))
+def test_committed_verdicts_follow_from_committed_stages(profile, capsys):
+    assert regenerate.main([profile]) == 0
+    assert "the same as summary.json; 0 nodes differ" in capsys.readouterr().out
+
+
 def test_regenerating_needs_committed_results(folders, capsys):
     assert regenerate.main(["cifar100"]) == 2
     assert "summary.json" in capsys.readouterr().err
