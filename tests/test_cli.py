@@ -1,6 +1,7 @@
 """./run_all.sh: wrong arguments are one sentence and exit code 2, before anything runs."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -133,3 +134,25 @@ def test_wrong_data_are_named_before_a_notebook_runs(folders):
     assert done.returncode == 2
     assert "cifar100.npz" in done.stderr  # says what to put where
     assert not (folders / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("exit 1", "Python 3.11 or newer is needed, and there is none on the PATH."),
+        ('case "$2" in *venv*) exit 1;; *version_info\\[*) echo python3.12;; esac', "install python3.12-venv"),
+    ],
+)
+def test_a_missing_or_cut_python_is_one_sentence(answer, said, tmp_path):
+    """Every name that the scripts try is answered by a stub: too old, or without the means to make an environment."""
+    for name in ("run_all.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(runs.root() / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        stub = tmp_path / "bin" / name
+        stub.write_text(f'#!/bin/sh\ncase "$1" in -c) ;; *) exit 1;; esac\n{answer}\n')
+        stub.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "run_all.sh"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / ".venv").exists()
