@@ -13,6 +13,13 @@ from paperlib import runs
 TRAINED, RANDOM = "trained", "random"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def committed_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PAPERLIB_FIGURES", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run():
     return parameters.open_committed("cifar100-cpu")

@@ -129,7 +129,8 @@ def test_results_that_others_could_not_use_are_refused(figures, folders, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", sorted(path.parent.name for path in (runs.root() / "figures").glob("*/stages")))
-def test_committed_verdicts_follow_from_committed_stages(profile, capsys):
+def test_committed_verdicts_follow_from_committed_stages(profile, capsys, monkeypatch):
+    monkeypatch.delenv("PAPERLIB_FIGURES", raising=False)
     assert regenerate.main([profile]) == 0
     assert "the same as summary.json; 0 nodes differ" in capsys.readouterr().out
 
