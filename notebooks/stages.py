@@ -1050,8 +1050,7 @@ def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     groups, rows = superclasses(run.images.classes), []
     owned = labels[labels.owner & (labels.network == "trained")]
     for (seed, encoder), part in owned.groupby(["seed", "encoder"]) if groups is not None else ():
-        owner = torch.full((len(groups),), -1)
-        owner[torch.tensor(part.label.to_numpy())] = torch.tensor(part["head"].to_numpy())
+        owner = _owners(part, len(groups))
         same = (groups[:, None] == groups).triu(1)
         generator = training.generator(seed, "dealt superclasses", encoder)
         order = [torch.randperm(len(groups), generator=generator) for _ in range(run.settings.permutations)]
@@ -1062,6 +1061,13 @@ def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
         row = {"seed": seed, "encoder": encoder, "same_owner": found, "dealt": sum(dealt) / len(dealt)}
         rows.append(row | {"dealt_high": interval(dealt)[1]})
     return pd.DataFrame(rows, columns=["seed", "encoder", "same_owner", "dealt", "dealt_high"])
+
+
+def _owners(owned: pd.DataFrame, num_labels: int) -> Tensor:
+    """The head of each label's row (L,); -1 for labels without one."""
+    owner = torch.full((num_labels,), -1)
+    owner[torch.tensor(owned.label.to_numpy())] = torch.tensor(owned["head"].to_numpy())
+    return owner
 
 
 def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
@@ -1076,9 +1082,7 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
     own = trained[trained.owner_unseen.astype(bool)]
     rows, differences = [], []
     for encoder in sorted({1, len(network.classifier.blocks)}):
-        owner = torch.full((len(images.classes),), -1)
-        part = own[own.encoder == encoder]
-        owner[torch.tensor(part.label.to_numpy())] = torch.tensor(part["head"].to_numpy())
+        owner = _owners(own[own.encoder == encoder], len(images.classes))
         batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
         received = torch.cat([heads.attention_received(network, batch, encoder) for batch in batches]).cpu()
         for head in range(received.shape[1]):

@@ -14,6 +14,7 @@ import parameters
 import report
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from store_outputs import notebook_files
 
 from paperlib import runs
 
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _chosen(start: str | None, only: str | None) -> list[Path]:
     """The notebooks to run, in order; raises ValueError for a number that no notebook has."""
-    notebooks = {path.name[:2]: path for path in sorted((runs.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    notebooks = {path.name[:2]: path for path in notebook_files()}
     wanted = [number.zfill(2) for number in (only.split(",") if only else [])]
     for number in [*wanted, *([start.zfill(2)] if start else [])]:
         if number not in notebooks:
