@@ -19,7 +19,7 @@ from dataclasses import asdict
 import parameters
 import stages
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from paperlib import data, files, models, runs, training
 from paperlib.models import reference
@@ -93,7 +93,7 @@ def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
     }  # fmt: skip
     reference.FOLDER.mkdir(exist_ok=True)
     with files.whole(reference.FOLDER / f"{name}.safetensors") as file:
-        save_file(weights, file.name, {"card": json.dumps(facts)})
+        file.write(save(weights, {"card": json.dumps(facts)}))
     (reference.FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
     print(f"{name}: test accuracy {accuracy:.2%}")
 

@@ -81,7 +81,7 @@ def train(run: Run, seed: int) -> Artefact:
     epochs took (seconds.json)."""
 
     def make(folder: Path) -> None:
-        distributed.share(True)  # tells other ranks, where there are any, to train along
+        distributed.broadcast(True)  # tells other ranks, where there are any, to train along
         network = build_network(run, seed)
         images = run.images.to(training.best_device())
         curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)

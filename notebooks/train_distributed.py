@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from paperlib import training
-from paperlib.distributed import place, share
+from paperlib.distributed import broadcast, rank_and_ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,16 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     # The other ranks wait while the first one downloads the data.
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     try:
-        rank, _ = place()
+        rank, _ = rank_and_ranks()
         # Rank 0 first, so that what has to be downloaded is downloaded once.
         run = parameters.open_run(options.profile, changes) if rank == 0 else None
-        share(None)
+        broadcast(None)
         run = run or parameters.open_run(options.profile, changes)
         for seed in run.settings.seeds:
             if rank == 0:
                 if not stages.train(run, seed).fresh:
-                    share(False)
-            elif share(None):  # rank 0 is about to train
+                    broadcast(False)
+            elif broadcast(None):  # rank 0 is about to train
                 network, images = stages.build_network(run, seed), run.images.to(training.best_device())
                 training.train(network, images, stages.recipe(run), seed, log=lambda line: None)
         dist.barrier()  # nobody leaves while another still talks to it

@@ -70,7 +70,8 @@ def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, T
 
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
-    that they lead from (Wanda); norms: module path -> (K,), see `input_norms`."""
+    that they lead from (Wanda's score, but compared over the layer, as ANDC's dilution is, instead of output by output);
+    norms: module path -> (K,), see `input_norms`."""
     scores = {name: _sizes(network, name).to(mask.device) * norms[name].to(mask.device) for name, mask in masks.items()}
     return {name: _top(scores[name], mask) for name, mask in masks.items()}
 
@@ -136,7 +137,9 @@ def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
         if prune.is_pruned(module) and hasattr(module, "weight_orig"):
             prune.remove(module, "weight")
     for path, gone in nodes.items():
-        block, stay = network.get_submodule(path), (~gone).nonzero().squeeze(1)
+        block = network.get_submodule(path)
+        gone = gone.to(block.linear1.bias.device)
+        stay = (~gone).nonzero().squeeze(1)
         constant = block.activation(block.linear1.bias) * gone
         block.linear2.bias += block.linear2.weight @ constant
         block.linear1.weight = nn.Parameter(block.linear1.weight[stay])

@@ -1,8 +1,8 @@
 """Training on several devices or machines: PyTorch's DistributedDataParallel (see notebooks/train_distributed.py).
 
 Every rank walks the same random batches and takes its share of each, so the result is that of one process with the
-same batch size, up to the order of sums (with dropout or stochastic depth, whose random numbers differ by rank, up to
-chance). In a process of its own nothing here acts.
+same batch size, up to the order of sums. Up to chance only with dropout, stochastic depth, token_share or the published
+augmentation, whose random numbers differ by rank; batch norm takes each rank's own share, so that a CNN's differs. In a process of its own nothing here acts.
 """
 
 from typing import Any
@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def place() -> tuple[int, int]:
+def rank_and_ranks() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) for a process of its own."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
     if dist.is_initialized():

@@ -202,8 +202,7 @@ def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], 
         for (row, column), (field, clusters) in panels.items():
             axis = axes[rows.index(row), columns.index(column)]
             order = by_cluster(clusters, len(field))
-            scaled = (field / field.max())[order][:, order].numpy()
-            image = axis.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            image = axis.imshow(_scaled(field, order), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             _frame(axis, clusters)
             axis.set(xticks=[], yticks=[])
             if row == rows[0]:
@@ -220,6 +219,11 @@ def by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
     return first + [label for label in range(labels) if label not in set(first)]
 
 
+def _scaled(field: Tensor, order: list[int]) -> np.ndarray:
+    """A field matrix over its maximum, in the order of labels; what is negative stays so if nothing is positive."""
+    return (field / field.max().clamp(min=1e-30)).clamp(min=-1e6)[order][:, order].numpy()
+
+
 def _frame(axis, clusters: list[list[int]]) -> None:
     start = -0.5
     for cluster in clusters:
@@ -234,10 +238,9 @@ def node_matrix(
     order = by_cluster(clusters, len(classes))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
-        scaled = (field / field.max())[order][:, order].numpy()
-        image = axes[0].imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1)
+        image = axes[0].imshow(_scaled(field, order), cmap="RdBu_r", vmin=-1, vmax=1)
         figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8)
-        shown = max(sum(map(len, clusters)) + 5, 12)
+        shown = min(max(sum(map(len, clusters)) + 5, 12), len(order))
         axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
         _frame(axes[1], clusters)
         names = [plain(classes[label]) for label in order[:shown]]

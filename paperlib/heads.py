@@ -122,9 +122,10 @@ def dealt_gaps(drop: Tensor, labels: Tensor, owner: Tensor, draws: int, generato
     labels at random: drop (H, n), labels (n,), owner (L,) -> (draws,)."""
     lost = torch.stack([drop.double()[:, labels == label].sum(dim=1) for label in range(len(owner))])  # (L, H)
     counts = labels.bincount(minlength=len(owner)).double()
-    heads, results = torch.arange(len(drop)), []
+    heads, results = torch.arange(len(drop), device=drop.device), []
     for _ in range(draws):
-        own = (owner[torch.randperm(len(owner), generator=generator)][:, None] == heads).double()
+        dealt = owner[torch.randperm(len(owner), generator=generator).to(owner.device)].to(drop.device)
+        own = (dealt[:, None] == heads).double()
         results.append(_compared((lost * own).sum(0), counts @ own, (lost * (1 - own)).sum(0), counts @ (1 - own)))
     own, other = torch.stack(results).unbind(dim=1)
     return own - other

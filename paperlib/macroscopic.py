@@ -35,6 +35,8 @@ def moments(
             fields = node_fields(activations[name], weight).double()
             sums[name][0].index_add_(1, y, fields)
             sums[name][1].index_add_(1, y, fields.square())
+    if not counts.all():
+        raise ValueError(f"label {(counts == 0).nonzero()[0].item()} has no image, so its mean does not exist")
     found = {}
     for name, total in sums.items():
         mean, square = total / counts[:, None]
@@ -70,7 +72,8 @@ def predicted_accuracy(mean: Tensor, variance: Tensor, shares: Tensor, points: i
 
 
 def correlation_factor(mean: Tensor, variance: Tensor, shares: Tensor, accuracy: float) -> float:
-    """The factor f in 1e-4..1e4 with which all nodes (L, L) together get the measured accuracy, by bisection."""
+    """The factor f with which all nodes (L, L) together get the measured accuracy, by bisection in 1e-4..1e4; the end of
+    that range if no factor in it does."""
     low, high = -4.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2

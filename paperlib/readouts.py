@@ -121,14 +121,14 @@ def measure(
     std: Tensor,
 ) -> Measured:
     """Class means and readout accuracies of every tap in one pass over uint8 images, shared out among ranks."""
-    rank, ranks = distributed.place()
+    rank, ranks = distributed.rank_and_ranks()
     n, images, labels = len(images), images[rank::ranks], labels[rank::ranks]
 
     def everywhere(parts: list[Tensor]) -> Tensor:
         mine = torch.cat(parts)
         whole = mine.new_zeros(n, *mine.shape[1:], dtype=torch.uint8)
         whole[rank::ranks] = mine.byte()
-        return distributed.total(whole).bool()
+        return distributed.all_reduce(whole).bool()
 
     sums: dict[str, Tensor] = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     counts = labels.new_zeros(len(next(iter(weights.values()))))
@@ -149,9 +149,9 @@ def measure(
             else:
                 fields = batch[tap.name].flatten(1) @ weights[tap.name].flatten(1).T
             correct[tap.name].append(fields.argmax(dim=1) == batch_labels)
-    distributed.total(counts)
+    distributed.all_reduce(counts)
     return Measured(
-        {name: means_of(distributed.total(part), counts) for name, part in sums.items()},
+        {name: means_of(distributed.all_reduce(part), counts) for name, part in sums.items()},
         {name: everywhere(parts) for name, parts in correct.items()},
         {name: everywhere(parts) for name, parts in head_correct.items()},
     )

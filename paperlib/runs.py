@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from paperlib import __version__, data, files, training
 
@@ -180,8 +180,6 @@ class Run:
         start = time.monotonic()
         _peak_gb(forget=True)
         make(folder)
-        for checkpoint in folder.glob("*.pt"):
-            checkpoint.unlink()
         names = sorted(p.name for p in folder.iterdir() if p.suffix in (".csv", ".npz", ".safetensors"))
         outputs = _hashes(folder, names)
         sha256 = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
@@ -190,6 +188,8 @@ class Run:
         record["revision"] = revision()
         record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
+        for checkpoint in folder.glob("*.pt"):  # only now is nothing lost without them
+            checkpoint.unlink()
         return Artefact(folder, sha256, seconds, record["peak_gb"], fresh=True)
 
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
@@ -240,8 +240,9 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as safetensors."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with files.whole(path) as file:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name)
+        file.write(content)
 
 
 def is_large(file: str) -> bool:

@@ -198,7 +198,11 @@ def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
     totals = (nodes.labels, nodes.clusters, nodes.internal, nodes.external)
     labels, clusters, internal, external = (float(total.sum()) for total in totals)
     pairs = num_labels * (num_labels - 1)
-    signal, noise, noise_external = labels / num_labels, (internal + external) / pairs, external / pairs
+    signal, noise, noise_external = (
+        labels / num_labels,
+        _quotient(internal + external, pairs),
+        _quotient(external, pairs),
+    )
     per_node = {"clusters_per_node": clusters, "labels_per_node": labels}
     per_node |= {"internal_noise": internal, "external_noise": external}
     return TapStatistics(

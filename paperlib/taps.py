@@ -86,12 +86,14 @@ def places(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
 
 @contextmanager
 def recording(network: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D)."""
+    """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D). Of a module that
+    answers with a tuple, the first; of one that is called several times, the last call."""
     recorded: dict[str, Tensor] = {}
 
     def keep(tap: Tap):
         def hook(module, args, *output):
-            nodes = as_nodes(output[0] if output else args[0])
+            value = output[0] if output else args[0]
+            nodes = as_nodes(value[0] if isinstance(value, tuple) else value)
             recorded[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
 
         return hook

@@ -62,10 +62,8 @@ def seeded(seed: int, *purpose: object):
 
 
 def best_device() -> torch.device:
-    """cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """cuda, else cpu (mps has no float64, in which sums over images are taken)."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @cache
@@ -112,7 +110,7 @@ def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
         if not hidden:
             raise ValueError("optimizer muon takes the weight matrices of encoders, and there are none: use adamw")
         matrices = [weights.pop(name) for name in hidden]
-        bf16 = distributed.share(in_bf16(recipe.precision, matrices[0].device))  # ranks must take the same step
+        bf16 = distributed.broadcast(in_bf16(recipe.precision, matrices[0].device))  # ranks must take the same step
         parts.append(Muon(matrices, recipe.lr, recipe.weight_decay, bf16=bf16))
     for name, weight in weights.items():
         (decayed if weight.ndim > 1 and "positional" not in name else free).append(weight)
@@ -134,7 +132,7 @@ def train(
     with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
     every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
     """
-    rank, ranks = distributed.place()
+    rank, ranks = distributed.rank_and_ranks()
     device = data.x_train.device
     mean, std = data.statistics
     parts = optimizers(network, recipe)
@@ -153,9 +151,10 @@ def train(
         # Tells data sets apart; asked for only with a checkpoint, since it waits for the device.
         return [len(data.x_train), *(round(value, 4) for value in (*mean.flatten().tolist(), *std.flatten().tolist()))]
 
-    if (saved := distributed.share(saved)) is not None:
+    if (saved := distributed.broadcast(saved)) is not None:
+        known = (asdict(recipe), seed, pixels())
         with files.reading(checkpoint, "delete it to train anew"):
-            if (saved["recipe"], saved["seed"], saved["pixels"]) != (asdict(recipe), seed, pixels()):
+            if (saved["recipe"], saved["seed"], saved["pixels"]) != known:
                 raise ValueError("it was written by another recipe or seed, or with other images")
             network.load_state_dict(saved["network"])
             for part, state in zip(parts, saved["optimizers"], strict=True):
@@ -186,7 +185,7 @@ def train(
                 else:
                     images = normalise(images, mean, std)
                 losses[step] = training_step(parallel, parts, images, labels, recipe, share)
-        distributed.total(losses).div_(ranks)
+        distributed.all_reduce(losses).div_(ranks)
         # A step's loss judges the weights before it; those after the last step are looked at themselves.
         bad = (~losses.isfinite()).nonzero()
         if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
@@ -237,9 +236,9 @@ def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch
 
 def accuracy(network: nn.Module, data: Images) -> float:
     """Share of test images (0..1) whose largest logit is their label's."""
-    rank, ranks = distributed.place()
+    rank, ranks = distributed.rank_and_ranks()
     logits = predict(network, data.x_test[rank::ranks], *data.statistics)
-    right = distributed.total((logits.argmax(dim=1) == data.y_test[rank::ranks]).sum())
+    right = distributed.all_reduce((logits.argmax(dim=1) == data.y_test[rank::ranks]).sum())
     return right.item() / len(data.y_test)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from paperlib import augmentation
 from paperlib.augmentation import CHUNK, published
 from paperlib.training import seeded
 
@@ -43,6 +44,27 @@ def test_labels_are_those_of_the_two_images_that_are_mixed():
         torch.testing.assert_close(pairs, torch.ones(5))
         shares.append(mixed[0, 0].item())
     assert len({round(share, 4) for share in shares}) > 10
+
+
+def test_operations_are_left_out_as_often_as_the_recipe_says():
+    """Of two operations, each done with probability 0.5, neither is in a quarter of the cases (and some change nothing)."""
+    from torchvision.transforms import v2
+
+    operations = v2.Compose(augmentation._transforms(16, 5)[0].transforms[-2:])
+    images, unchanged = batch(1)[0], 0
+    with seeded(0):
+        for _ in range(400):
+            unchanged += torch.equal(operations(images), images)
+    assert 0.22 < unchanged / 400 < 0.42
+
+
+def test_erased_parts_are_noise():
+    erase = augmentation._transforms(16, 5)[1]
+    with seeded(0):
+        erased = [erase(torch.zeros(3, 16, 16)) for _ in range(200)]
+    parts = torch.cat([image[image != 0] for image in erased])
+    assert 0.15 < sum(bool(image.any()) for image in erased) / 200 < 0.35
+    assert abs(parts.mean()) < 0.05 and abs(parts.std() - 1) < 0.05
 
 
 def test_chunks_are_drawn_apart():

@@ -24,7 +24,6 @@ import pytest
 import torch
 import walk
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -447,12 +446,8 @@ def full_disk(monkeypatch):
     class Full(io.FileIO):
         write = no_room
 
-    def no_room_for_tensors(tensors, name, metadata=None):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", lambda path, mode: Full(path, mode), raising=False)
-        patch.setattr(runs, "save_file", no_room_for_tensors)  # writes by itself
         yield
 
 
@@ -485,6 +480,42 @@ def test_full_disk(what, name, write, tmp_path, monkeypatch):
     one_sentence(str(caught.value), rf"{name} was not written \(.*No space left.*make room")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     write(path)  # and with room again, it goes on
+
+
+def test_two_writers_do_not_share_a_partial_file(tmp_path, monkeypatch):
+    """Hosts that share a folder may give two processes the same number."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with files.whole(tmp_path / "x") as one, files.whole(tmp_path / "x") as other:
+        one.write(b"one, whole")
+        other.write(b"other")
+    assert (tmp_path / "x").read_bytes() == b"one, whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path):
+    """A library that renames a file of its own over the partial one would leave it private, and not on the disk."""
+    runs.save_tensors(tmp_path / "x.safetensors", {"a": torch.rand(9)})
+    runs.write_text(tmp_path / "x.txt", "x")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "x.txt").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), PermissionError(errno.EACCES, "no")]
+)
+def test_what_the_machine_refuses_does_not_condemn_a_file(error, tmp_path):
+    with pytest.raises(type(error)), files.reading(tmp_path / "x", "delete it"):
+        raise error
+
+
+@pytest.mark.parametrize("count", [2, 11, 13])
+def test_few_labels_are_drawn_too(count, tmp_path):
+    classes = tuple(f"label {index}" for index in range(count))
+    field = -torch.eye(count)  # recognises nothing
+    for clusters in ([], [list(range(count))]):
+        figure = figures.node_matrix(field, field > 0, clusters, classes, "toy", "node 1")
+        figures.save(figure, tmp_path, "node", pd.DataFrame({"a": [1]}))
+        picture = figure.axes[0].images[0].get_array()
+        assert picture.max() <= 0 and picture.min() < 0  # what is negative stays so
+    figures.node_gallery({("encoder 1", "none"): (torch.zeros(count, count), [])}, "toy", "ff2")
 
 
 def test_a_cache_that_has_no_room_is_not_needed(folders, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import stages
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from paperlib import readouts, snp
+from paperlib import andc, readouts, snp
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.models import cct
 from paperlib.taps import cct_taps, recording
@@ -97,3 +97,16 @@ def test_measuring(cuda):
     mean = std = torch.empty(3, 1, 1, device=cuda)
     with pytest.raises(DataDependentOutputException):  # whether each label has an image: the last thing it does
         readouts.measure(network, places, weights, images, torch.empty(8, dtype=torch.long, device=cuda), mean, std)
+
+
+def test_masks_and_owners_may_come_from_the_cpu(cuda):
+    """What files hold is read to the CPU; the network is where it is."""
+    network = fake_network(cuda)
+    masks = {
+        f"classifier.blocks.0.{layer}": torch.ones(*network.get_submodule(f"classifier.blocks.0.{layer}").weight.shape)
+        > 0
+        for layer in ("linear1", "linear2")
+    }
+    andc.apply_masks(network, masks)
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):  # which nodes stay, needs values
+        andc.compact(network, andc.removable(masks))

@@ -36,6 +36,12 @@ def test_moments_are_means_and_variances_whatever_the_batches(case):
         torch.testing.assert_close(variance[:, label], fields[:, y == label].var(dim=1, correction=0))
 
 
+def test_every_label_needs_an_image(case):
+    x, y, weight = case
+    with pytest.raises(ValueError, match="label 4 has no image"):
+        macroscopic.moments([({"tap": x[y != 4]}, y[y != 4])], {"tap": weight})
+
+
 def test_subsets_have_their_sizes_and_answers(case):
     x, y, weight = case
     subsets = macroscopic.random_subsets(6, [1, 3, 6], 4, seeded())

@@ -165,6 +165,14 @@ def test_maps_and_vectors_become_nodes():
     assert torch.equal(taps.as_nodes(maps[:, 0]), maps[:, 0])
 
 
+def test_of_a_module_that_answers_with_a_tuple_the_first_is_recorded():
+    network = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    with taps.recording(network, [taps.Tap(1, "attention", "self_attn")]) as recorded:
+        network.train()(x)  # in evaluation mode torch takes a fast path without calling sub-modules
+    assert recorded["1.attention"].shape == (3, 5, 8)
+
+
 def test_activations_come_in_order_and_without_dropout(build):
     network = build(dropout=0.5)
     images, found = pictures(7), taps.cct_taps(network, ["attn", "block"])

@@ -36,6 +36,14 @@ def test_a_stored_network_is_the_trained_one_in_half_precision(made):
         assert value.dtype == torch.float32 and torch.equal(value, trained[key].half().float()), key
 
 
+def test_loading_leaves_random_numbers_alone(made):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    models.load_reference(made)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_check_compares_accuracies_with_cards(made, capsys):
     assert references.main(["check"]) == 0
     assert made in capsys.readouterr().out

@@ -117,6 +117,21 @@ def test_an_interrupted_stage_is_not_taken_for_done(run):
     assert not list(artefact.folder.glob("*.pt"))
 
 
+def test_a_checkpoint_stays_until_the_stage_counts_as_done(run, monkeypatch):
+    def make(folder):
+        (folder / "checkpoint.pt").write_bytes(b"all epochs")
+        runs.save_table(folder / "table.csv", [{"value": 1}])
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "revision", interrupted)
+        run.stage("s", 1, {}, {}, make)
+    assert list(run.folder.rglob("checkpoint.pt"))
+    assert not list(fresh(run).stage("s", 1, {}, {}, make).folder.glob("*.pt"))
+
+
 def heavy(calls):
     def make(folder):
         calls.append(folder)

@@ -59,6 +59,7 @@ def load_reference(name: str) -> nn.Module:
 
     facts, path = card(name), path_of(name)
     with files.reading(path, RESTORE), safe_open(path, "pt") as file:
-        network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, only to be replaced
+            network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
         network.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
     return network.to(memory_format=torch.channels_last).eval()
