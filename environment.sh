@@ -77,6 +77,10 @@ done
 
 if [ -z "$python" ]; then
     python=$PWD/.venv/bin/python
+    if command -v flock >/dev/null; then # two that make .venv at once would destroy each other's
+        exec 9>.venv.lock
+        flock -n 9 || { echo "Waiting for another process that makes .venv" >&2; flock 9; }
+    fi
     wanted=$({ echo "$PWD"; cat pyproject.toml constraints.txt; } | cksum)
     installed=$(cat ".venv/$stamp" 2>/dev/null || true)
     if [ "$installed" = unfinished ] || ! has "$python" pip; then
@@ -93,4 +97,5 @@ if [ -z "$python" ]; then
             stop "The installation into .venv failed (see above): run this again to repeat it."
         echo "$wanted" >".venv/$stamp"
     fi
+    exec 9>&-
 fi

@@ -116,7 +116,8 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
         for heads in (settings.heads or None, *settings.many_heads):
             taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=heads), kinds)
     parse_vgg(settings.cnn, settings.image_size)
-    check_references(settings)
+    if settings.weights == "reference":
+        check_references(settings)
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
@@ -129,9 +130,8 @@ def reference_name(settings: Settings, seed: int) -> str:
 
 
 def check_references(settings: Settings) -> None:
-    """Raise ValueError if a walk that starts from committed networks asks for one that does not exist, or was trained
-    otherwise."""
-    for seed in settings.seeds if settings.weights == "reference" else ():
+    """Raise ValueError if a committed network of these settings does not exist, or was trained otherwise."""
+    for seed in settings.seeds:
         name = reference_name(settings, seed)
         card = reference.card(name)
         for part, value in (card["recipe"] | card["cct_options"]).items():
@@ -142,9 +142,8 @@ def check_references(settings: Settings) -> None:
                 )
 
 
-def check_data(settings: Settings, images: data.Images) -> None:
-    """Raise ValueError if the committed networks were trained on other images than these."""
-    sha256 = images.sha256
+def check_data(settings: Settings, sha256: str) -> None:
+    """Raise ValueError if the committed networks were trained on other images than those of this hash."""
     for name in (reference_name(settings, seed) for seed in settings.seeds):
         if reference.card(name)["data_sha256"] != sha256:
             raise ValueError(f"{name} was trained on another {settings.data}: add weights=trained to train anew")
@@ -184,7 +183,7 @@ def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     pd.set_option("display.max_rows", 300, "display.max_colwidth", None)  # tables are shown whole
     images = data.load(_located(settings.data), folder_of("data"), settings.image_size)
     if settings.weights == "reference":
-        check_data(settings, images)
+        check_data(settings, images.sha256)
     images = data.limit(images, settings.limit)
     data.held_out(images.y_train, settings.held_out)  # finds a label with too few images
     check_batches(settings, len(images.x_train))

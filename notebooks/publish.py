@@ -12,7 +12,7 @@ import re
 import sys
 
 import nbformat
-from store_outputs import number, with_lines
+from store_outputs import notebook_files, number, with_lines
 
 from paperlib import runs
 
@@ -58,15 +58,20 @@ def published(notebook: nbformat.NotebookNode, path: str, address: str) -> nbfor
     return notebook
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("address")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address")
-    address, root = parser.parse_args(arguments).address.removesuffix("/").removesuffix(".git"), runs.root()
+    address, root = parser().parse_args(arguments).address.removesuffix("/").removesuffix(".git"), runs.root()
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
         print(f"publish: {address!r} is not of the form https://github.com/OWNER/NAME", file=sys.stderr)
         return 2
     notebooks, lines = {}, []
-    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    for path in notebook_files():
         place = f"notebooks/{path.name}"
         notebooks[path] = published(nbformat.read(path, as_version=4), place, address)
         lines.append(f"* {path.stem.replace('_', ' ')}: {badges(address, place)}")

@@ -69,6 +69,8 @@ def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
     if changes.get("limit"):
         raise ValueError("a reference network is trained on all images: leave limit out")
     run = parameters.open_run(profile, {**changes, "weights": "trained", "seeds": [seed]})
+    if run.settings.data not in data.SPLITS:
+        raise ValueError(f"{run.settings.data} has no licence that a card could name: train on it with ./run_all.sh")
     run = stages.cnn_half(run) if cnn else run
     s, images, trained = run.settings, run.images, stages.train(run, seed)
     name = parameters.reference_name(s, seed)
@@ -140,21 +142,26 @@ def check(names: list[str]) -> int:
     return int(worst > 0)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="train and store one network")
     making.add_argument("profile")
     making.add_argument("--seed", type=int, required=True)
     making.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its CCT")
     making.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     commands.add_parser("check", help="compare accuracies with cards").add_argument("names", nargs="*", metavar="NAME")
-    options = parser.parse_args(arguments)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     try:
         if options.command == "check":
             return check(options.names or models.references())
         make(options.profile, options.seed, options.cnn, parameters.changes_of(options.set))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"references: {error}", file=sys.stderr)
         return 2
     return 0

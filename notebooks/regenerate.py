@@ -58,11 +58,16 @@ def differing_nodes(run: Run) -> int:
     return different
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("profile", choices=parameters.profiles())
+    result.add_argument("--stages", type=Path, help="finished stages (default: the committed ones)")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", choices=parameters.profiles())
-    parser.add_argument("--stages", type=Path, help="finished stages (default: the committed ones)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         run = parameters.open_committed(options.profile, options.stages)
         committed = read_json(run.figures / "summary.json")

@@ -52,12 +52,17 @@ def compared(again: pd.DataFrame, table: pd.DataFrame, seed: int) -> pd.DataFram
     return pd.concat(parts, axis=1)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("profile", choices=parameters.profiles())
+    result.add_argument("--seed", type=int, default=0, help="which network (default: 0)")
+    result.add_argument("--stages", type=Path, help="finished stages (default: the committed ones)")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", choices=parameters.profiles())
-    parser.add_argument("--seed", type=int, default=0, help="which network (default: 0)")
-    parser.add_argument("--stages", type=Path, help="finished stages (default: the committed ones)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         committed = parameters.open_committed(options.profile, options.stages)
         taps_table, _ = stages.snr(committed)
@@ -66,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = parameters.open_run(options.profile, committed.settings.model_dump())
         if options.stages:
             run = replace(run, folder=options.stages.resolve().parent)
-        if run.settings.weights != "reference" and not (run.folder / "stages" / f"train-seed{options.seed}").exists():
+        trained = (run.folder / "stages" / f"train-seed{options.seed}").glob("*/stage.json")
+        if run.settings.weights != "reference" and not any(trained):
             raise ValueError(f"the network of seed {options.seed} is not in {run.folder}, and training one takes long")
         again = measured(run, options.seed)
     except (OSError, ValueError) as error:

@@ -55,11 +55,12 @@ CAPTIONS = {
         "A curve that knows the number of nodes only.",
     ),
     "accuracy_against_dilution": (
-        "03", "C4", "Test accuracy against the share of pruned connections, and the first points lost with C4's half "
-        "point as a line; diamonds: after a short retraining.",
+        "03", "C4", "Test accuracy against the share of pruned connections, and what is lost, with C4's half point as "
+        "a line; open symbols: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
-    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner.", BY_HEADS),
+    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner and count.",
+                 "Below: the same nodes dealt to the heads at random."),
     "head_experts": (
         "04", "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost "
         "by silencing each head on each owner's labels.", BY_HEADS,
@@ -77,16 +78,13 @@ CAPTIONS = {
         "04", "C5", "Attention received by each token, for images of a head's own labels and of others.",
         "Owners dealt to other labels: the table in notebook 04.",
     ),
-    "more_heads": (
-        "04", "C5", "Specialisation and ablation for other numbers of heads.", "Nodes permuted among heads.",
-    ),
     "cnn_learning_curve": ("05", "", "Training loss and test accuracy of the CNN, epoch by epoch.", "Dotted: chance."),
     "two_halves": (
         "05", "C1", "The CCT's encoders and the CNN's layers on one axis of relative depth.", "Dashed: random weights.",
     ),
     "cnn_accuracy_against_dilution": (
-        "05", "C4", "Test accuracy of the CNN against the share of pruned connections between filters, and the first "
-        "points lost.",
+        "05", "C4", "Test accuracy of the CNN against the share of pruned connections between filters, and what is "
+        "lost; open symbols: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution.",
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from parameters import check_references, reference_name
+from parameters import check_data, check_references, reference_name
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,12 +67,14 @@ def build_network(run: Run, seed: int) -> nn.Module:
 
 
 def cnn_half(run: Run) -> Run:
-    """The same walk with the CNN in the CCT's place."""
+    """The same walk with the CNN in the CCT's place; ValueError if committed networks do not fit it."""
     s = run.settings
     changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
     changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_once": []}
     half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
-    check_references(half.settings)
+    if s.weights == "reference":
+        check_references(half.settings)
+        check_data(half.settings, reference.card(reference_name(s, s.seeds[0]))["data_sha256"])  # the CCTs' is checked
     return half
 
 
@@ -411,7 +413,8 @@ def cluster_pairs(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     summary = {}
     if groups is not None:
         table["same_superclass"] = (groups[top // len(classes)] == groups[top % len(classes)]).tolist()
-        dealt = [snp.share_within(pairs, groups[torch.randperm(len(groups), generator=generator)]) for _ in range(1000)]
+        orders = (torch.randperm(len(groups), generator=generator) for _ in range(run.settings.permutations))
+        dealt = [snp.share_within(pairs, groups[order]) for order in orders]
         low, high = interval(dealt)
         summary |= {"share of pairs in one superclass": snp.share_within(pairs, groups)}
         summary |= {"permuted names, 2.5 %": low, "permuted names, 97.5 %": high, "permuted names, largest": max(dealt)}
@@ -497,7 +500,8 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
             chosen = subsets[place.name].float()
             summed = [(chosen @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in moments[place.name]]
             if factor is None:  # fitted once, at encoder 1, on the images that gave the moments
-                factor = macroscopic.correlation_factor(summed[0][-1], summed[1][-1], shares, right[place.name].item())
+                own = y_unseen.bincount() / len(y_unseen)
+                factor = macroscopic.correlation_factor(summed[0][-1], summed[1][-1], own, right[place.name].item())
             predicted = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
             row = {"seed": seed, "encoder": place.encoder, "factor": factor}
             part = pd.DataFrame({**row, "size": torch.tensor(sizes).repeat_interleave(SUBSETS)})
@@ -514,7 +518,7 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
 
 def _batches(network: nn.Module, places: list[taps.Tap], x: Tensor, y: Tensor, images: Images):
     """Activations of some taps and labels, batch by batch."""
-    return zip(taps.activations(network, places, x, *images.statistics), y.split(256), strict=True)
+    return zip(taps.activations(network, places, x, *images.statistics, batch_size=256), y.split(256), strict=True)
 
 
 def _subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:
@@ -671,6 +675,7 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
 
     config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
+    # Label sets and norms follow from network and readouts: who raises the version of theirs raises this one too.
     inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
 
@@ -866,6 +871,21 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in tables)
 
 
+def head_counts(run: Run, encoder: int) -> pd.DataFrame:
+    """Nodes of each head that recognise each label, first seed, and the same nodes dealt to the heads at random once:
+    nodes (of heads, dealt), head, label, count."""
+    seed = run.settings.seeds[0]
+    network, _ = load_network(run, seed, "trained")
+    booleans = matrices(run, seed, "trained").arrays("matrices")[f"{encoder}.attn"]
+    order = torch.randperm(len(booleans), generator=training.generator(seed, "dealt nodes", encoder))
+    parts = []
+    for nodes, dealt in (("of heads", booleans), ("dealt", booleans[order])):
+        counts = heads.cooperation_counts(dealt, network.classifier.blocks[0].self_attn.heads)
+        part = pd.DataFrame(counts.numpy()).rename_axis("head").reset_index()
+        parts.append(part.melt("head", var_name="label", value_name="count").assign(nodes=nodes))
+    return pd.concat(parts, ignore_index=True)[["nodes", "head", "label", "count"]]
+
+
 def head_clusters(run: Run) -> pd.DataFrame:
     """Heads as if each were one node: labels, clusters and noise of the matrix of a head with all others silenced, one
     row per network, encoder and head; first seed, as heads have no order to average over."""
@@ -1038,7 +1058,7 @@ def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
         for first, second in itertools.combinations(seeds, 2):
             a, b = (torch.tensor(owners.loc[seed].fillna(-1).to_numpy()).long() for seed in (first, second))
             generator = training.generator(first, "matched heads", second, encoder)
-            overlap, dealt = heads.matched_overlap(a, b, 300, generator)
+            overlap, dealt = heads.matched_overlap(a, b, run.settings.permutations, generator)
             row = {"encoder": encoder, "seeds": f"{first}-{second}", "overlap": overlap}
             rows.append(row | {"chance": dealt.mean().item(), "chance_high": interval(dealt)[1]})
     return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
@@ -1071,10 +1091,11 @@ def _owners(owned: pd.DataFrame, num_labels: int) -> Tensor:
 
 
 def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
-    """What each head of the first and last encoder attends to: attention received by each token, averaged over test
-    images of the head's own labels and over the others; first seed. A figure, the numbers behind it, and how far the
-    two maps of a head differ (see `_difference`), beside what the other heads' maps differ on the same images (own
-    labels may look alike to every head), and mean and 97.5 % quantile over owners dealt at random."""
+    """What each head of the first and last encoder attends to: attention received by each token, averaged over 1,000
+    test images (2 a label, if more) of the head's own labels and over the others; first seed. A figure, the numbers
+    behind it, and how far the two maps of a head differ (see `_difference`), beside what the other heads' maps differ
+    on the same images (own labels may look alike to every head), and mean and 97.5 % quantile over owners dealt at
+    random."""
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
@@ -1115,7 +1136,7 @@ def _difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
 
 def more_heads(run: Run) -> pd.DataFrame:
     """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
-    gap, test_accuracy; and the figure of it, if there are any."""
+    gap, test_accuracy."""
     rows = []
     for count in run.settings.many_heads:
         other = replace(
@@ -1126,10 +1147,7 @@ def more_heads(run: Run) -> pd.DataFrame:
         _, _, overall = head_division(other)
         accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
         rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))
-    table = pd.concat(rows) if rows else pd.DataFrame()
-    if rows:
-        figures.save(figures.more_heads(table, run.images.name), run.figures, "more_heads", table)
-    return table
+    return pd.concat(rows) if rows else pd.DataFrame()
 
 
 def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:

@@ -69,7 +69,8 @@ def claim_table(rows: list[dict]) -> str:
 
 def _cells(row: dict) -> str:
     effect = "" if row["effect"] is None else f"{row['effect']:.3f} ± {row['uncertainty']:.3f}"
-    return f"{row['statistic']} | {effect} | {row['null']} | {row['verdict']}"
+    numbers = f": {row['numbers']}" if row["numbers"] else ""
+    return f"{row['statistic']}{numbers} | {effect} | {row['null']} | {row['verdict']}"
 
 
 def with_tables(page: str, summary: dict) -> str:
@@ -164,14 +165,23 @@ def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
             if not (made / "stage.json").exists():
                 raise ValueError(f"{made} is not there: run the walk again")
             large = [path.name for path in made.iterdir() if runs.is_large(path.name)]
-            shutil.copytree(made, copy, ignore=shutil.ignore_patterns(*large))
+            partial = target.with_name(f".{target.name}.part")  # a torn copy would be taken for the stage
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(made, partial, ignore=shutil.ignore_patterns(*large))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(copy)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
+    result.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
-    parser.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
-    options, root = parser.parse_args(arguments), runs.root()
+    options, root = parser().parse_args(arguments), runs.root()
     profile, figures = options.profile, runs.folder_of("figures") / options.profile
     made, kept = runs.folder_of("runs") / profile / "stages", figures / "stages"
     if figures != root / "figures" / profile:
@@ -200,13 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
             whole = summary["results"].keys() >= {path.stem for path in notebook_files()}
             others = {} if whole else finished_stages(kept)  # a walk of some notebooks does not know theirs
             store_stages(others | summary["stages"], made, kept)
-    except ValueError as error:
+        for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+            text = with_tables(page.read_text(encoding="utf-8"), summary)
+            if page.name == "README.md":
+                text = with_lines(text, REFERENCES, references.table())
+            runs.write_text(page, text)
+    except (ValueError, OSError) as error:
         sys.exit(f"store_outputs: {error}")
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        text = with_tables(page.read_text(encoding="utf-8"), summary)
-        if page.name == "README.md":
-            text = with_lines(text, REFERENCES, references.table())
-        runs.write_text(page, text)
     return 0
 
 

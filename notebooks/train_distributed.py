@@ -19,12 +19,17 @@ from paperlib import training
 from paperlib.distributed import broadcast, rank_and_ranks
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("profile", nargs="?", default="quick")
+    result.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train on all ranks; exit code 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", nargs="?", default="quick")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         if "LOCAL_RANK" not in os.environ:
             raise ValueError("start this with torchrun --nproc-per-node <devices>, see the README")
@@ -52,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
                 network, images = stages.build_network(run, seed), run.images.to(training.best_device())
                 training.train(network, images, stages.recipe(run), seed, log=lambda line: None)
         dist.barrier()  # nobody leaves while another still talks to it
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train_distributed: {error}", file=sys.stderr)
+        return 1
     finally:
         dist.destroy_process_group()
     return 0

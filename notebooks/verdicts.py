@@ -30,9 +30,11 @@ def verdict(
     null_beaten: bool,
     beside: bool = False,
     notes: str = "",
+    numbers: str = "",
 ) -> dict:
     """One row of the verdict table: effects and their 95 % intervals, one per seed; positive is what is claimed. A row
-    that is stated beside the others does not decide the claim. notes: what else a reader should know of the numbers.
+    that is stated beside the others does not decide the claim. numbers: what the effect is made of, means over seeds;
+    notes: what else a reader should know.
 
     effect is the mean over seeds; uncertainty the standard deviation over seeds, or for one seed half its interval;
     by_seed has each seed's effect and the ends of its interval.
@@ -40,7 +42,7 @@ def verdict(
     n = len(effects)
     met = all(effect > 0 and low > 0 for effect, (low, _) in zip(effects, intervals, strict=True)) and null_beaten
     uncertainty = np.std(effects, ddof=1) if n > 1 else (intervals[0][1] - intervals[0][0]) / 2
-    row = {"claim": claim, "data": data, "statistic": statistic}
+    row = {"claim": claim, "data": data, "statistic": statistic, "numbers": numbers}
     row |= {"effect": round(float(np.mean(effects)), 6), "uncertainty": round(float(uncertainty), 6)}
     by_seed = [[round(float(value), 6) for value in (e, *ends)] for e, ends in zip(effects, intervals, strict=True)]
     row |= {"null": null, "n": n, "verdict": _word(met, data, n), "by_seed": by_seed}
@@ -87,13 +89,14 @@ def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
     at most L/10, in every encoder and every tap that has a random twin. Effects are the smallest over encoders and
     taps, their lower bounds the lowest."""
     rng = np.random.default_rng(0)
-    found, largest = {"SNR": ([], []), "size": ([], [])}, []
+    found, pairs = {"SNR": ([], []), "size": ([], [])}, []
     for seed in sorted(nodes.seed.unique()):
         points, draws = {"SNR": [], "size": []}, {"SNR": [], "size": []}
         for _, group in nodes[nodes.seed == seed].groupby(["encoder", "tap"]):
             trained, random = (group[group.network == kind] for kind in ("trained", "random"))
             if len(random):
-                largest.append([_cluster_size(_sums(part), labels) for part in (trained, random)])
+                both = [_sums(part) for part in (trained, random)]
+                pairs.append([*(_snr(sums, labels) for sums in both), *(_cluster_size(sums, labels) for sums in both)])
                 for values, use in ((points, None), (draws, rng)):
                     sums = _sums(trained, use)
                     values["SNR"].append(_snr(sums, labels) - _snr(_sums(random, use), labels))
@@ -102,11 +105,15 @@ def clusters(nodes: pd.DataFrame, data: str, labels: int) -> list[dict]:
             smallest, bounds = int(np.argmin(points[part])), [interval(values) for values in draws[part]]
             effects.append(points[part][smallest])
             intervals.append((min(low for low, _ in bounds), bounds[smallest][1]))
-    where, (size, other) = "smallest over encoders and taps", np.max(largest, axis=0)
-    bound = f"none, a bound: at most {size:.2f} labels per cluster, {other:.2f} in the random network"
+    where, means = "smallest over encoders and taps", np.mean(np.split(np.array(pairs), nodes.seed.nunique()), axis=0)
+    trained, random, *_ = means[np.argmin(means[:, 0] - means[:, 1])]
+    size, other = np.max(pairs, axis=0)[2:]
+    bound = f"none, a bound, which random weights keep too: at most {other:.2f}"
+    texts = f"raw SNR above the random network's, {where}", f"L/10 - labels per cluster, {where}"
+    numbers = f"{trained:.2f} against {random:.2f}", f"at most {size:.2f} labels, L/10 is {labels / 10:g}"
     return [
-        verdict("C2", data, f"raw SNR above the random network's, {where}", *found["SNR"], RANDOM_NETWORK, True),
-        verdict("C2", data, f"L/10 - labels per cluster, {where}", *found["size"], bound, True),
+        verdict("C2", data, texts[0], *found["SNR"], RANDOM_NETWORK, True, numbers=numbers[0]),
+        verdict("C2", data, texts[1], *found["size"], bound, True, numbers=numbers[1]),
     ]
 
 
@@ -123,10 +130,10 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penal
     for statistic, tap in [("accuracy", "block"), *(("SNR", tap) for tap in sorted(nodes.tap.unique()))]:
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
             continue  # taps that only pruning needs have no random twin, and the stem no depth
-        effects, intervals, beaten = _growth(nodes, correct, labels, statistic, tap)
+        effects, intervals, beaten, numbers = _growth(nodes, correct, labels, statistic, tap)
         always, notes = _penalties(penalties[penalties.tap == tap], statistic)
         text, met = f"{statistic} of {tap}, last - first encoder; rank trend > 0", all(beaten) and always
-        rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, met, tap != "block", notes))
+        rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, met, tap != "block", notes, numbers))
     return rows
 
 
@@ -139,39 +146,45 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
         found = [_growth(nodes[nodes.half == half], correct[half], labels, statistic, tap) for half, tap in halves]
         tried = [_penalties(table[table.tap == tap], statistic) for table, tap in
                  ((penalties[half], tap) for half, tap in halves)]  # fmt: skip
-        effects = [min(pair) for pair in zip(*(effects for effects, _, _ in found), strict=True)]
-        intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, _ in found), strict=True)]
+        effects = [min(pair) for pair in zip(*(effects for effects, *_ in found), strict=True)]
+        intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, *_ in found), strict=True)]
         text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
-        beaten = all(all(part) for _, _, part in found) and all(always for always, _ in tried)
+        beaten = all(all(part) for _, _, part, _ in found) and all(always for always, _ in tried)
         notes = "; ".join(
             f"{half.upper()}: {np.mean(grown):.3f}" + f", {said}" * bool(said)
-            for (half, _), (grown, _, _), (_, said) in zip(halves, found, tried, strict=True)
+            for (half, _), (grown, *_), (_, said) in zip(halves, found, tried, strict=True)
         )
-        rows.append(verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten, notes=notes))
+        numbers = "; ".join(f"{half.upper()} {curve}" for (half, _), (*_, curve) in zip(halves, found, strict=True))
+        row = verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten, notes=notes, numbers=numbers)
+        rows.append(row)
     return rows
 
 
-def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple[list, list, list]:
-    """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed."""
-    effects, intervals, beaten = [], [], []
+def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple[list, list, list, str]:
+    """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed; and
+    first and last of both networks in words, means over seeds."""
+    effects, intervals, beaten, ends = [], [], [], []
     for seed in sorted(nodes.seed.unique()):
         rng = np.random.default_rng(0)
         curves = {}
-        for kind in ("trained", "random"):
+        for kind, use in (("trained", rng), ("random", None)):
             if statistic == "accuracy":
-                curves[kind] = _accuracy_curves(correct, seed, kind, tap, rng)
+                curves[kind] = _accuracy_curves(correct, seed, kind, tap, use)
             else:
                 part = nodes[(nodes.seed == seed) & (nodes.network == kind) & (nodes.tap == tap)]
-                curves[kind] = _snr_curves(part, labels, rng)
+                curves[kind] = _snr_curves(part, labels, use)
         point, draws = curves["trained"]
         random, _ = curves["random"]
         effects.append(point[-1] - point[0])
+        ends.append([point[0], point[-1], random[0], random[-1]])
         # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
         low, high = interval(draws[:, -1] - draws[:, 0])
         trend_low = interval(rank_trend(draws))[0]
         intervals.append((low if trend_low > 0 else min(low, 0.0), high))
         beaten.append(sharper(point, random))
-    return effects, intervals, beaten
+    first, last, *others = np.mean(ends, axis=0)
+    numbers = f"{first:.2f} to {last:.2f} (random weights {others[0]:.2f} to {others[1]:.2f})"
+    return effects, intervals, beaten, numbers
 
 
 def sharper(trained: np.ndarray, random: np.ndarray) -> bool:
@@ -241,6 +254,7 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
             met = bool(mean <= 0.005 and mean + bound <= 0.01 and wins)
             candidates.append((met, -mean, dilution, bound, loss, error.andc, threshold))
         row = {"claim": "C4", "data": data, "statistic": f"accuracy lost {when} by ANDC of the FF layers"}
+        row |= {"numbers": ""}
         if not candidates:
             row |= {"effect": None, "uncertainty": None, "null": "equal dilution"}
             row |= {"n": found.index.get_level_values("seed").nunique(), "by_seed": [], "beside": False, "notes": ""}
@@ -281,9 +295,11 @@ def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
     bounds = {name: [*zip(trained[f"{name}_low"], trained[f"{name}_high"], strict=True)] for name in ("excess", "gap")}
     text = "accuracy drop on a silenced head's own labels - on other labels"
     dealt = "other labels, the same head; owners dealt at random"
+    texts = "excess specialisation of heads (nats), mean over encoders", f"{text}, mean over encoders"
+    numbers = f"random weights {random.excess.mean():.3f}", f"dealt owners at most {trained.gap_null_high.mean():.3f}"
     return [
-        verdict("C5", data, "excess specialisation of heads (nats)", [*trained.excess], bounds["excess"], null, beaten),
-        verdict("C5", data, text, [*trained.gap], bounds["gap"], dealt, above_dealt),
+        verdict("C5", data, texts[0], [*trained.excess], bounds["excess"], null, beaten, numbers=numbers[0]),
+        verdict("C5", data, texts[1], [*trained.gap], bounds["gap"], dealt, above_dealt, numbers=numbers[1]),
     ]
 
 
@@ -323,8 +339,11 @@ def macroscopic(table: pd.DataFrame, data: str) -> list[dict]:
     by_size = [part[["only_size", "measured", "predicted"]].to_numpy() for _, part in
                table[table.encoder > 1].groupby("seed")]  # fmt: skip
     alone = np.mean([_rank_agreement(points[None])[0] for points in by_size]) + 0.8
+    errors = [np.abs(points[:, [0, 2]] - points[:, [1]]).mean(axis=0) for points in by_size]
+    numbers = (f"{np.mean(effects[0]) + 0.8:.3f}", "{:.3f} - {:.3f}".format(*np.mean(errors, axis=0)))
     nulls = (f"none, a bound: the subset's size alone reaches {alone:.3f}", "accuracy of as many nodes of encoder 1")
-    return [verdict("C6", data, *row, True) for row in zip(texts, effects, intervals, nulls, strict=True)]
+    rows = zip(texts, effects, intervals, nulls, numbers, strict=True)
+    return [verdict("C6", data, *row, True, numbers=said) for *row, said in rows]
 
 
 def _rank_agreement(points: np.ndarray) -> np.ndarray:
@@ -367,20 +386,21 @@ def _snr(sums: np.ndarray, labels: int) -> np.ndarray:
     return (labels - 1) * sums[0] / np.maximum(sums[2], 1)
 
 
-def _snr_curves(nodes: pd.DataFrame, labels: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """SNR per encoder: (encoders,) and bootstrap samples (DRAWS, encoders)."""
+def _snr_curves(nodes: pd.DataFrame, labels: int, rng: np.random.Generator | None):
+    """SNR per encoder: (encoders,) and, with rng, bootstrap samples (DRAWS, encoders)."""
     groups = [group for _, group in nodes.groupby("encoder")]
-    draws = np.stack([_snr(_sums(group, rng), labels) for group in groups], axis=1)
+    draws = np.stack([_snr(_sums(group, rng), labels) for group in groups], axis=1) if rng else None
     return np.array([_snr(_sums(group), labels) for group in groups]), draws
 
 
-def _accuracy_curves(correct: dict, seed: int, kind: str, tap: str, rng: np.random.Generator):
-    """Accuracy per encoder: (encoders,) and bootstrap samples over images (DRAWS, encoders)."""
+def _accuracy_curves(correct: dict, seed: int, kind: str, tap: str, rng: np.random.Generator | None):
+    """Accuracy per encoder: (encoders,) and, with rng, bootstrap samples over images (DRAWS, encoders)."""
     names = [name for name in correct if name[:2] == (seed, kind) and name[2].endswith(f".{tap}")]
     names.sort(key=lambda name: int(name[2].split(".")[0]))
     right = np.stack([correct[name].numpy() for name in names], axis=1).astype(np.float32)
-    draws = np.stack([right[rng.integers(len(right), size=len(right))].mean(axis=0) for _ in range(DRAWS)])
-    return right.mean(axis=0), draws
+    chosen = (rng.integers(len(right), size=len(right)) for _ in range(DRAWS)) if rng else ()
+    draws = [right[images].mean(axis=0) for images in chosen]
+    return right.mean(axis=0), np.stack(draws) if draws else None
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

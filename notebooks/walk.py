@@ -12,6 +12,7 @@ from pathlib import Path
 import papermill
 import parameters
 import report
+import stages
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from store_outputs import notebook_files
@@ -27,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         changes = parameters.changes_of(options.set)
         notebooks = _chosen(options.start, options.only)
-        settings = parameters.open_run(options.profile, changes).settings  # the data too, before a notebook starts
+        run = parameters.open_run(options.profile, changes)  # the data too, before a notebook starts
+        if any(notebook.stem.startswith("05") for notebook in notebooks):
+            stages.cnn_half(run)
     except (ValueError, OSError) as error:
         print(f"run_all: {error}", file=sys.stderr)
         return 2
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     for notebook in notebooks:
         print(f"\n{notebook.stem}", flush=True)
         start = time.time()
-        failed = _execute(notebook, folder, figures, options.profile, changes, settings.minutes)
+        failed = _execute(notebook, folder, figures, options.profile, changes, run.settings.minutes)
         times[notebook.stem] = time.time() - start
         if failed:
             break
@@ -87,7 +90,7 @@ def _chosen(start: str | None, only: str | None) -> list[Path]:
     return [path for number, path in notebooks.items() if number >= first and (not wanted or number in wanted)]
 
 
-def _execute(notebook: Path, folder: Path, figures: Path, profile: str, changes: dict, minutes: int) -> str | None:
+def _execute(notebook: Path, folder: Path, figures: Path, profile: str, changes: dict, minutes: float) -> str | None:
     """Run one notebook; returns None, or one sentence that says what went wrong."""
     summary = figures / "summary.json"
     before = summary.stat().st_mtime_ns if summary.exists() else 0
@@ -108,28 +111,32 @@ def _execute(notebook: Path, folder: Path, figures: Path, profile: str, changes:
         return f"{error.ename}: {error.evalue} (all of it: {folder / notebook.name})"
     except DeadKernelError:
         return "its kernel died, most likely for lack of memory"
+    except KeyboardInterrupt:
+        return "stopped by hand: the same command goes on from here"
     except TimeoutError:
         return f"stopped after the profile's time limit of {minutes} minutes: raise it with --set minutes=..."
     except OSError as error:  # papermill could not write the executed copy
         return f"{folder / notebook.name} was not written ({error}): make room for it, and start again"
+    except RuntimeError as error:  # what jupyter_client raises
+        return f"its kernel did not start ({str(error).splitlines()[0]})"
     if not summary.exists() or summary.stat().st_mtime_ns == before:
         return f"it ended without writing {summary}"
     return None
 
 
 @contextmanager
-def _time_limit(seconds: int):
+def _time_limit(seconds: float):
     """Raise TimeoutError in the block after so many seconds (papermill itself limits cells, not notebooks)."""
 
     def stop(signum, frame):
         raise TimeoutError
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 

@@ -70,8 +70,8 @@ def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, T
 
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
-    that they lead from (Wanda's score, but compared over the layer, as ANDC's dilution is, instead of output by output);
-    norms: module path -> (K,), see `input_norms`."""
+    that they lead from (Wanda's score, compared over the layer instead of output by output); norms: module path ->
+    (K,), see `input_norms`."""
     scores = {name: _sizes(network, name).to(mask.device) * norms[name].to(mask.device) for name, mask in masks.items()}
     return {name: _top(scores[name], mask) for name, mask in masks.items()}
 
@@ -79,14 +79,11 @@ def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[s
 def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor) -> dict:
     """Root mean square of what goes into each node of the named layers, over uint8 images: name -> (K,)."""
     inputs = [Tap(0, name, name, "input") for name in names]
-    sums: dict[str, Tensor] = {}
-    count = 0
+    sums = {tap.kind: torch.zeros((), device=images.device) for tap in inputs}
     for batch in activations(network, inputs, images, mean, std):
         for tap in inputs:
-            part = batch[tap.name].square().mean(dim=1).sum(dim=0)
-            sums[tap.kind] = sums.get(tap.kind, 0) + part
-        count += len(batch[inputs[0].name])
-    return {name: (total / count).sqrt() for name, total in sums.items()}
+            sums[tap.kind] = sums[tap.kind] + batch[tap.name].square().mean(dim=1).sum(dim=0)
+    return {name: (total / len(images)).sqrt() for name, total in sums.items()}
 
 
 def _sizes(network: nn.Module, name: str) -> Tensor:
@@ -137,8 +134,7 @@ def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
         if prune.is_pruned(module) and hasattr(module, "weight_orig"):
             prune.remove(module, "weight")
     for path, gone in nodes.items():
-        block = network.get_submodule(path)
-        gone = gone.to(block.linear1.bias.device)
+        block, gone = network.get_submodule(path), gone.to(next(network.parameters()).device)
         stay = (~gone).nonzero().squeeze(1)
         constant = block.activation(block.linear1.bias) * gone
         block.linear2.bias += block.linear2.weight @ constant

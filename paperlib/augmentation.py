@@ -1,9 +1,9 @@
 """The augmentation of CCT's published recipe, from torchvision's transforms, in batches on the device.
 
 Random crop of 80 to 100 %, mirror, RandAugment (2 operations, magnitude 9 of 10, each done with probability 0.5, as
-timm does), a quarter erased by noise, then mixup (0.8) or cutmix (1.0) (CCT). torchvision draws once for a whole tensor, so each chunk of `CHUNK` images shares its crop,
-operations and erased rectangle (choice: the recipe draws for each image). Its magnitude 9 of 10 is bin 27 of 0..30 in
-torchvision; timm's noise on it is left out (choice).
+timm does), a quarter erased by noise, then mixup (0.8) or cutmix (1.0) (CCT). torchvision draws once for a whole
+tensor, so each chunk of `CHUNK` images shares its crop, operations and erased rectangle (choice: the recipe draws for
+each image). Its magnitude 9 of 10 is bin 27 of 0..30 in torchvision; timm's noise on it is left out (choice).
 Random numbers come from torch's global CPU generator.
 """
 
@@ -22,8 +22,8 @@ def _transforms(size: int, num_labels: int):
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), antialias=True)
-    operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
-    pixels = v2.Compose([crop, v2.RandomHorizontalFlip(), operation, operation])
+    operations = [v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)] * 2
+    pixels = v2.Compose([crop, v2.RandomHorizontalFlip(), *operations])
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_labels), v2.CutMix(alpha=1.0, num_classes=num_labels)])
     return pixels, v2.RandomErasing(p=0.25, value="random"), mix
 

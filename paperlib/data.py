@@ -211,12 +211,11 @@ def _cifar100(root: Path, image_size: int) -> Images:
         from torchvision.transforms.functional import resize
 
         _check_memory(len(data.x_train) + len(data.x_test), image_size)
-
-        def larger(x: Tensor) -> np.ndarray:
+        arrays = []
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
             chunks = [resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)]
-            return torch.cat(chunks).permute(0, 2, 3, 1).numpy()
-
-        return larger(data.x_train), data.y_train.numpy(), larger(data.x_test), data.y_test.numpy(), data.classes
+            arrays += [torch.cat(chunks).permute(0, 2, 3, 1).numpy(), y.numpy()]
+        return *arrays, data.classes
 
     return _cached("cifar100", root / f"cifar100-{image_size}.npz", resized)
 

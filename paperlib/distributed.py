@@ -1,8 +1,8 @@
 """Training on several devices or machines: PyTorch's DistributedDataParallel (see notebooks/train_distributed.py).
 
 Every rank walks the same random batches and takes its share of each, so the result is that of one process with the
-same batch size, up to the order of sums. Up to chance only with dropout, stochastic depth, token_share or the published
-augmentation, whose random numbers differ by rank; batch norm takes each rank's own share, so that a CNN's differs. In a process of its own nothing here acts.
+same batch size, up to the order of sums; up to chance with dropout, stochastic depth, token_share or the published
+augmentation, whose random numbers differ by rank; and not for a CNN, whose batch norm sees a rank's share only.
 """
 
 from typing import Any

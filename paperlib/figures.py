@@ -1,6 +1,6 @@
 """Tables -> pictures: one function a figure, one style for all."""
 
-import math
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,13 +16,15 @@ from paperlib.data import EMBEDDED, Images
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
 METHODS = ("andc", "magnitude", "activation", "permuted", "random")
-METHOD_COLOURS = dict(zip(METHODS, (COLOURS[i] for i in (0, 2, 3, 5, 6)), strict=True))
+METHOD_STYLES = dict(zip(METHODS, zip((COLOURS[i] for i in (0, 2, 3, 5, 7)), "o^vsD", strict=True), strict=True))
 STYLE = {
     "font.size": 9, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
     "figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight",
-    "svg.hashsalt": "paperlib", "svg.fonttype": "none", "pdf.fonttype": 42,
+    "axes.titlesize": 9, "svg.hashsalt": "paperlib", "svg.fonttype": "none", "pdf.fonttype": 42,
 }  # fmt: skip
+PLAIN = {**STYLE, "axes.grid": False}
+FIELDS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
 
 
 def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure:
@@ -39,60 +41,59 @@ def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure
     return figure
 
 
+@plt.rc_context(PLAIN)
 def examples(images: Images, labels: int = 20) -> Figure:
     """A training image and, below it, a test image of evenly chosen labels."""
     chosen = np.linspace(0, len(images.classes) - 1, min(labels, len(images.classes))).round().astype(int)
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(2, len(chosen), figsize=(0.5 * len(chosen), 1.5), squeeze=False)
-        for column, label in enumerate(chosen):
-            for row, (x, y) in enumerate(((images.x_train, images.y_train), (images.x_test, images.y_test))):
-                first = x[(y == int(label)).nonzero()[0, 0]]
-                axes[row, column].imshow(first.permute(1, 2, 0).numpy())
-                axes[row, column].axis("off")
-            axes[0, column].set_title(plain(images.classes[label])[:12], fontsize=7)
-        figure.suptitle("training images above, test images below", fontsize=8)
-        plt.close(figure)
-        return figure
+    figure, axes = plt.subplots(2, len(chosen), figsize=(0.5 * len(chosen), 1.5), squeeze=False)
+    for column, label in enumerate(chosen):
+        for row, (x, y) in enumerate(((images.x_train, images.y_train), (images.x_test, images.y_test))):
+            axes[row, column].imshow(x[(y == int(label)).nonzero()[0, 0]].permute(1, 2, 0).numpy())
+            axes[row, column].axis("off")
+        axes[0, column].set_title(plain(images.classes[label])[:12], fontsize=7)
+    figure.suptitle("training images above, test images below", fontsize=8)
+    plt.close(figure)
+    return figure
 
 
+@plt.rc_context(STYLE)
 def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
     """Loss and test accuracy against epochs, one line a seed (`stages.learning_curves`)."""
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
-        for seed, curve in curves.groupby("seed"):
-            left.plot(curve.epoch, curve.loss, "o-", ms=3, label=f"seed {seed}")
-            scored = curve.dropna(subset="test_accuracy")
-            right.plot(scored.epoch, 100 * scored.test_accuracy, "o-", ms=3)
-        right.axhline(100 / labels, color="grey", ls=":", label="chance")
-        left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
-        left.legend()
-        right.legend()
-        return _stamped(figure, f"{data}, n = {curves.seed.nunique()}", data)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
+    for seed, curve in curves.groupby("seed"):
+        left.plot(curve.epoch, curve.loss, "o-", ms=3, label=f"seed {seed}")
+        scored = curve.dropna(subset="test_accuracy")
+        right.plot(scored.epoch, 100 * scored.test_accuracy, "o-", ms=3)
+    right.axhline(100 / labels, color="grey", ls=":", label="chance")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
+    figure.legend(loc="outside right center", fontsize=8)
+    return _stamped(figure, f"{data}", data, curves)
 
 
+@plt.rc_context(STYLE)
 def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list[str]) -> Figure:
     """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds; dashed: random network,
     dash-dotted: readouts of shuffled labels (first table of `stages.snr`)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(7, 3))
-        raw = taps[(taps.threshold == threshold) & ~taps.centred]
-        shown = sorted(shown, key=list(TAP_COLOURS).index)
-        for axis, column, scale in ((axes[0], "accuracy", 100), (axes[1], "snr", 1)):
-            for tap in shown:
-                for kind, line in (("trained", "o-"), ("random", "x--"), ("shuffled", "-.")):
-                    _curve(axis, raw[(raw.tap == tap) & (raw.network == kind)], column, scale, line, TAP_COLOURS[tap])
-        axes[0].set(xlabel="encoder", ylabel="readout accuracy (%)", ylim=(0, None))
-        axes[1].set(xlabel="encoder", ylabel="SNR")
-        axes[1].axhline(1, color="grey", ls=":")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+    raw = taps[(taps.threshold == threshold) & ~taps.centred]
+    shown = sorted(shown, key=list(TAP_COLOURS).index)
+    for axis, column, scale in ((axes[0], "accuracy", 100), (axes[1], "snr", 1)):
         for tap in shown:
-            axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
-        axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
-        axes[0].plot([], [], "-.", color="grey", label="shuffled labels")
-        figure.legend(loc="outside lower center", ncols=len(shown) + 2, fontsize=8)
-        return _stamped(figure, f"{data}, threshold {threshold}, n = {raw.seed.nunique()}", data)
+            for kind, line in (("trained", "o-"), ("random", "x--"), ("shuffled", "-.")):
+                _curve(axis, raw[(raw.tap == tap) & (raw.network == kind)], column, scale, line, TAP_COLOURS[tap])
+    axes[0].set(xlabel="encoder", ylabel="readout accuracy (%)", ylim=(0, None))
+    axes[1].set(xlabel="encoder", ylabel="SNR", ylim=(0, None))
+    axes[1].axhline(1, color="grey", ls=":")
+    for tap in shown:
+        axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
+    axes[0].plot([], [], "x--", ms=4, color="grey", label="random network")
+    axes[0].plot([], [], "-.", color="grey", label="shuffled labels")
+    figure.legend(loc="outside lower center", ncols=len(shown) + 2, fontsize=8)
+    return _stamped(figure, f"{data}, threshold {threshold}", data, raw)
 
 
+@plt.rc_context(STYLE)
 def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
     """CCT and CNN on one depth axis: accuracy, SNR, clusters, cluster size, noise, centred SNR, offset share; random
     networks dashed (first table of `stages.both_halves`)."""
@@ -103,119 +104,119 @@ def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
         "accuracy": "accuracy", "snr": "SNR", "clusters_per_node": "clusters per node", "snr_centred": "centred SNR",
         "pooled_cluster_size": "labels per cluster", "noise": "noise N", "offset_share": "offset share",
     }  # fmt: skip
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 4, figsize=(9.5, 4.6))
-        for axis, (column, label) in zip(axes.flat, shown.items(), strict=False):
-            for half, colour in (("cct", COLOURS[0]), ("cnn", COLOURS[1])):
-                for kind, line in (("trained", "o-"), ("random", "x--")):
-                    _curve(axis, table.loc[half, kind].reset_index(), column, 1, line, colour, "depth")
-            axis.set(xlabel="relative depth", ylabel=label, ylim=(0, None))
-        axes[1, 3].axis("off")
-        names = [f"{half}, {kind}" for half in ("cct", "cnn") for kind in ("trained", "random")]
-        axes[1, 3].legend(axes[0, 0].lines, names, loc="center")
-        return _stamped(figure, f"{data}, threshold {threshold}, n = {part.seed.nunique()}", data)
+    figure, axes = plt.subplots(2, 4, figsize=(9.5, 4.6))
+    for axis, (column, label) in zip(axes.flat, shown.items(), strict=False):
+        for half, colour in (("cct", COLOURS[7]), ("cnn", COLOURS[3])):
+            for kind, line in (("trained", "o-"), ("random", "x--")):
+                _curve(axis, table.loc[half, kind].reset_index(), column, 1, line, colour, "depth")
+        axis.set(xlabel="relative depth", ylabel=label, ylim=(0, None))
+    axes[1, 3].axis("off")
+    names = [f"{half}, {kind}" for half in ("cct", "cnn") for kind in ("trained", "random")]
+    axes[1, 3].legend(axes[0, 0].lines, names, loc="center")
+    return _stamped(figure, f"{data}, threshold {threshold}", data, part)
 
 
+@plt.rc_context(STYLE)
 def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """SNR of one tap along the encoders for every threshold, trained (solid) and random (dashed)."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(4.4, 3))
-        thresholds = sorted((part := taps[(taps.tap == tap) & ~taps.centred]).threshold.unique())
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(thresholds)))
-        for threshold, colour in zip(thresholds, colours, strict=True):
-            for kind, line in (("trained", "o-"), ("random", "x--")):
-                rows = part[(part.threshold == threshold) & (part.network == kind)]
-                _curve(axis, rows, "snr", 1, line, colour)
-            axis.plot([], [], "o-", ms=4, color=colour, label=f"{threshold:g}")
-        axis.set(xlabel="encoder", ylabel=f"SNR of {tap}")
-        figure.legend(loc="outside right center", title="threshold", fontsize=8)
-        return _stamped(figure, f"{data}, n = {part.seed.nunique()}; dashed: random network", data)
+    figure, axis = plt.subplots(figsize=(4.4, 3))
+    thresholds = sorted((part := taps[(taps.tap == tap) & ~taps.centred]).threshold.unique())
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(thresholds)))
+    for threshold, colour in zip(thresholds, colours, strict=True):
+        for kind, line in (("trained", "o-"), ("random", "x--")):
+            _curve(axis, part[(part.threshold == threshold) & (part.network == kind)], "snr", 1, line, colour)
+        axis.plot([], [], "o-", ms=4, color=colour, label=f"{threshold:g}")
+    axis.set(xlabel="encoder", ylabel=f"SNR of {tap}")
+    figure.legend(loc="outside right center", title="threshold", fontsize=8)
+    return _stamped(figure, f"{data}, dashed: random network", data, part)
 
 
+@plt.rc_context(STYLE)
 def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
-    """Measured accuracy of subsets of nodes against the prediction from single nodes, and against that of as many nodes
-    of encoder 1; coloured by encoder, larger for more nodes (`stages.macroscopic_accuracies`)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True)
-        part = table[table.encoder > 1]
-        for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
-            size = 4 + 4 * np.log2(part["size"])
-            style = {"cmap": "viridis", "alpha": 0.6, "rasterized": True}  # thousands of points
-            image = axis.scatter(100 * part[column], 100 * part.measured, size, part.encoder, **style)
-            axis.axline((0, 0), slope=1, color="grey", ls=":")
-        axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
-        axes[1].set(xlabel="as many nodes of encoder 1 (%)")
-        figure.colorbar(image, ax=axes[1], label="encoder", ticks=sorted(part.encoder.unique()))
-        return _stamped(figure, f"{data}, subsets of block nodes (larger: more), n = {table.seed.nunique()}", data)
+    """Measured accuracy of sets of nodes beyond encoder 1 against the prediction from single nodes, and against that of
+    as many nodes of encoder 1 (`stages.macroscopic_accuracies`)."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharex=True, sharey=True)
+    part = table[table.encoder > 1]
+    for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
+        style = {"cmap": "viridis", "alpha": 0.6, "rasterized": True, "vmin": 2, "vmax": part.encoder.max()}
+        for (size, sets), marker in zip(part.groupby("size"), itertools.cycle("o^sDvP*X"), strict=False):
+            order = sets.sample(frac=1, random_state=0)  # thousands of points: no encoder on top of the others
+            image = axis.scatter(100 * order[column], 100 * order.measured, 12, order.encoder, marker, **style)
+            axis.scatter([], [], 12, "grey", marker, label=str(size))
+        axis.axline((0, 0), slope=1, color="grey", ls=":")
+        axis.set_aspect("equal")
+    axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
+    axes[1].set(xlabel="as many nodes of encoder 1 (%)")
+    figure.colorbar(image, ax=axes[1], label="encoder", ticks=sorted(part.encoder.unique()), shrink=0.7)
+    figure.legend(*axes[0].get_legend_handles_labels(), title="nodes", loc="outside lower center", ncols=8, fontsize=8)
+    return _stamped(figure, f"{data}, sets of block nodes", data, table)
 
 
+@plt.rc_context(STYLE)
 def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """How recognised labels, clusters and noise are spread over the nodes of one tap, encoder by encoder: the middle
     50 and 95 % and the median, trained and random network (second table of `stages.snr`)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(7, 2.8))
-        part = nodes[nodes.tap == tap].assign(noise=nodes.internal + nodes.external)
-        for axis, column in zip(axes, ("labels", "clusters", "noise"), strict=True):
-            for kind, colour, shift in (("trained", COLOURS[0], -0.15), ("random", COLOURS[6], 0.15)):
-                spread = part[part.network == kind].groupby("encoder")[column].quantile([0.025, 0.25, 0.5, 0.75, 0.975])
-                q = spread.unstack()
-                axis.vlines(q.index + shift, q[0.025], q[0.975], color=colour, lw=1)
-                axis.vlines(q.index + shift, q[0.25], q[0.75], color=colour, lw=4)
-                axis.plot(q.index + shift, q[0.5], "o", ms=4, mfc="white", color=colour, label=kind)
-            axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=(0, None))
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
-        return _stamped(figure, f"{data}, nodes of {tap}, n = {part.seed.nunique()}", data)
+    figure, axes = plt.subplots(1, 3, figsize=(7, 2.8))
+    part = nodes[nodes.tap == tap].assign(noise=nodes.internal + nodes.external)
+    for axis, column in zip(axes, ("labels", "clusters", "noise"), strict=True):
+        for kind, colour, shift in (("trained", COLOURS[0], -0.15), ("random", COLOURS[6], 0.15)):
+            spread = part[part.network == kind].groupby("encoder")[column].quantile([0.025, 0.25, 0.5, 0.75, 0.975])
+            q = spread.unstack()
+            axis.vlines(q.index + shift, q[0.025], q[0.975], color=colour, lw=1)
+            axis.vlines(q.index + shift, q[0.25], q[0.75], color=colour, lw=4)
+            axis.plot(q.index + shift, q[0.5], "o", ms=4, mfc="white", color=colour, label=kind)
+        axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=(0, None))
+    axes[2].set(ylabel="noise per node (label pairs)", yscale="log", ylim=(None, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return _stamped(figure, f"{data}, nodes of {tap}", data, part)
 
 
+@plt.rc_context(STYLE)
 def penalties(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy and SNR of each tap at three encoders for several L2 penalties of the readouts; faint: half the epochs;
     dashed: random network (`stages.penalties`)."""
     taps, values = list(table.tap.unique()), list(table.l2.astype(str).unique())
     colours = dict(zip(values, plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values))), strict=True))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(taps), figsize=(1.6 + 2.2 * len(taps), 4), squeeze=False, sharex=True)
-        for (_, tap, value, epochs), part in table.astype({"l2": str}).groupby(["network", "tap", "l2", "epochs"]):
-            faint = 1.0 if epochs == table.epochs.max() else 0.35
-            line = "x--" if part.network.iloc[0] == "random" else "o-"
-            for axis, column, scale in zip(axes[:, taps.index(tap)], ("accuracy", "snr"), (100, 1), strict=True):
-                axis.plot(part.encoder, scale * part[column], line, ms=4, color=colours[value], alpha=faint)
-        for upper, lower, tap in zip(*axes, taps, strict=True):
-            upper.set_title(tap, fontsize=9)
-            lower.set(xlabel="encoder")
-        axes[0, 0].set(ylabel="readout accuracy (%)")
-        axes[1, 0].set(ylabel="SNR")
-        for value in values:
-            axes[0, 0].plot([], [], "o-", ms=4, color=colours[value], label=value)
-        figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
-        epochs = f"{table.epochs.max()} epochs (faint: {table.epochs.min()})"
-        return _stamped(figure, f"{epochs}; dashed: random network; {data}, first seed", data)
+    size = (max(4.5, 1.6 + 2.2 * len(taps)), 4)
+    figure, axes = plt.subplots(2, len(taps), figsize=size, squeeze=False, sharex=True, sharey="row")
+    for (_, tap, value, epochs), part in table.astype({"l2": str}).groupby(["network", "tap", "l2", "epochs"]):
+        faint = 1.0 if epochs == table.epochs.max() else 0.35
+        line = "x--" if part.network.iloc[0] == "random" else "o-"
+        for axis, column, scale in zip(axes[:, taps.index(tap)], ("accuracy", "snr"), (100, 1), strict=True):
+            axis.plot(part.encoder, scale * part[column], line, ms=4, color=colours[value], alpha=faint)
+    for upper, lower, tap in zip(*axes, taps, strict=True):
+        upper.set(title=tap)
+        lower.set(xlabel="encoder")
+    for axis, name in zip(axes[:, 0], ("readout accuracy (%)", "SNR"), strict=True):
+        axis.set(ylabel=name)
+    for value, colour in colours.items():
+        axes[0, 0].plot([], [], "o-", ms=4, color=colour, label=value)
+    figure.legend(loc="outside right center", title="L2 penalty", fontsize=8)
+    epochs = f"{table.epochs.max()} epochs (faint: {table.epochs.min()})"
+    return _stamped(figure, f"{epochs}; dashed: random network; {data}, first seed", data)
 
 
+@plt.rc_context(PLAIN)
 def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], data: str, place: str) -> Figure:
     """(encoder, kind of node) -> field matrix (L, L) and clusters: one small field matrix each, labels ordered by
     cluster, clusters framed; encoders are rows."""
     rows, columns = (list(dict.fromkeys(key[part] for key in panels)) for part in (0, 1))
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        size = (1 + 1.4 * len(columns), 0.3 + 1.4 * len(rows))
-        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, dpi=72)
-        for (row, column), (field, clusters) in panels.items():
-            axis = axes[rows.index(row), columns.index(column)]
-            order = by_cluster(clusters, len(field))
-            image = axis.imshow(_scaled(field, order), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-            _frame(axis, clusters)
-            axis.set(xticks=[], yticks=[])
-            if row == rows[0]:
-                axis.set_title(column, fontsize=8)
-            if column == columns[0]:
-                axis.set_ylabel(row, fontsize=8)
-        figure.colorbar(image, ax=axes, label="field / maximum", shrink=0.6)
-        return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
+    size = (1 + 1.4 * len(columns), 0.3 + 1.4 * len(rows))
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, dpi=72)
+    for (row, column), (field, clusters) in panels.items():
+        axis = axes[rows.index(row), columns.index(column)]
+        image = axis.imshow(_scaled(field, by_cluster(clusters, len(field))), interpolation="nearest", **FIELDS)
+        _frame(axis, clusters)
+        axis.set(
+            xticks=[], yticks=[], title=column if row == rows[0] else "", ylabel=row if column == columns[0] else ""
+        )
+    figure.colorbar(image, ax=axes, label="field / maximum", shrink=0.6, extend="min")
+    return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
 
 
 def by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
     """All labels, those of clusters first, cluster by cluster."""
-    first = [label for cluster in clusters for label in cluster]
+    first = [*itertools.chain(*clusters)]
     return first + [label for label in range(labels) if label not in set(first)]
 
 
@@ -227,81 +228,88 @@ def _scaled(field: Tensor, order: list[int]) -> np.ndarray:
 def _frame(axis, clusters: list[list[int]]) -> None:
     start = -0.5
     for cluster in clusters:
-        axis.add_patch(plt.Rectangle((start, start), len(cluster), len(cluster), fill=False, ec=COLOURS[1], lw=1.2))
+        axis.add_patch(plt.Rectangle((start, start), len(cluster), len(cluster), fill=False, ec=COLOURS[7], lw=0.7))
         start += len(cluster)
 
 
+@plt.rc_context(PLAIN)
 def node_matrix(
     field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
 ) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
     order = by_cluster(clusters, len(classes))
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
-        image = axes[0].imshow(_scaled(field, order), cmap="RdBu_r", vmin=-1, vmax=1)
-        figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8)
-        shown = min(max(sum(map(len, clusters)) + 5, 12), len(order))
-        axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
-        _frame(axes[1], clusters)
-        names = [plain(classes[label]) for label in order[:shown]]
-        axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
-        axes[1].set_yticks(range(shown), names, fontsize=7)
-        axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
-        axes[1].set(xlabel="output label")
-        return _stamped(figure, f"{data}, {node}", data)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
+    image = axes[0].imshow(_scaled(field, order), **FIELDS)
+    figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8, extend="min")
+    shown = min(max(sum(map(len, clusters)) + 5, 12), len(order))
+    axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
+    _frame(axes[1], clusters)
+    names = [plain(classes[label]) for label in order[:shown]]
+    axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
+    axes[1].set_yticks(range(shown), names, fontsize=7)
+    axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
+    axes[1].set(xlabel="output label (black: above the threshold)")
+    return _stamped(figure, f"{data}, {node}", data)
 
 
+@plt.rc_context(STYLE)
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy against dilution, ANDC and its controls, one column for each pruned part, bars: spread of the loss over
-    seeds; open symbols after the short retraining (`stages.pruning`). Below: the first points of loss, and C4's 0.5."""
+    """Accuracy against dilution and what was lost, ANDC and its controls, one column for each pruned part; bars:
+    deviation over seeds; open symbols: after the short retraining, where there was one (`stages.pruning`)."""
     parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
-    with plt.rc_context(STYLE):
-        shape = {"figsize": (1.2 + 2.9 * len(parts), 4.8), "sharex": True, "sharey": "row", "height_ratios": [3, 2]}
-        figure, axes = plt.subplots(2, len(parts), squeeze=False, **shape)
-        whole = table[table.method == "andc"]  # scored on all test images
-        for layers, (upper, lower) in zip(parts, axes.T, strict=True):
-            for prefix, line in (("", ":"), ("retrained_", "--")):
-                level = (whole[f"{prefix}accuracy"] + whole[f"{prefix}loss"])[whole.layers == layers].mean()
-                upper.axhline(100 * level, color="black", lw=0.8, ls=line, label="unpruned" if line == ":" else None)
-            for method, colour in METHOD_COLOURS.items():
-                part = table[(table.method == method) & (table.layers == layers)].groupby(["threshold", "seed"])
-                by_seed = part.mean(numeric_only=True).sort_values("dilution").groupby("threshold", sort=False)
-                mean, spread = by_seed.mean(), 100 * by_seed.loss.std().fillna(0)
-                style = {"fmt": "o-", "ms": 4, "color": colour, "label": method, "capsize": 2}
-                for axis, what in ((upper, "accuracy"), (lower, "loss")):
-                    axis.errorbar(mean.dilution, 100 * mean[what], spread, **style)
-                    axis.plot(mean.dilution, 100 * mean[f"retrained_{what}"], "D", ms=6, mfc="none", color=colour)
-            lower.axhline(0.5, color="black", lw=0.8)
-            lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1), ylim=(5, -2))
-        if table.retrained_accuracy.notna().any():
-            axes[0, 0].plot([], [], "D", ms=6, mfc="none", color="grey", label="retrained")
-        axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
-        axes[1, 0].set(ylabel="accuracy lost (points)")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-        return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
+    whens = (("", {"ls": "-"}, "unpruned"), ("retrained_", {"ls": "--", "mfc": "white"}, "unpruned, retrained"))
+    shape = {"figsize": (1.8 + 2.9 * len(parts), 4.8), "sharex": True, "sharey": "row", "height_ratios": [3, 2]}
+    figure, axes = plt.subplots(2, len(parts), squeeze=False, **shape)
+    for layers, (upper, lower) in zip(parts, axes.T, strict=True):
+        part = table[table.layers == layers]
+        for (method, (colour, marker)), (prefix, style, name) in itertools.product(METHOD_STYLES.items(), whens):
+            rows = part[part.method == method].dropna(subset=f"{prefix}loss")
+            by_seed = rows.groupby(["threshold", "seed"]).mean(numeric_only=True).groupby("threshold")
+            mean, spread = by_seed.mean().sort_values("dilution"), 100 * by_seed[f"{prefix}loss"].std()
+            style = style | {"marker": marker, "ms": 4.5, "color": colour, "label": None if prefix else method}
+            for axis, what in ((upper, "accuracy"), (lower, "loss")):
+                heights, error = 100 * mean[f"{prefix}{what}"], spread.reindex(mean.index)
+                axis.errorbar(mean.dilution, heights, None if error.isna().all() else error, capsize=2, **style)
+            if method == "andc" and len(rows):  # scored on all test images
+                level = 100 * (rows[f"{prefix}accuracy"] + rows[f"{prefix}loss"]).mean()
+                upper.axhline(level, color="grey", lw=0.8, ls=style["ls"], label=name)
+        lower.axhline(0.5, color="grey", lw=0.8)
+        lower.annotate("C4: 0.5", (1, 0.5), va="bottom", ha="right", fontsize=7, color="grey")
+        lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1))
+    highest = table.groupby("method").loss.min().max()  # else what is lost straight after pruning leaves the picture
+    if table.retrained_loss.notna().any():
+        highest = table.retrained_loss.max()
+        axes[0, 0].plot([], [], "o--", ms=4.5, mfc="white", color="grey", label="retrained")
+    axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
+    axes[1, 0].set(ylabel="accuracy lost (points)", ylim=(-1, max(5, 110 * highest)))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return _stamped(figure, f"{data}", data, table)
 
 
-def head_map(labels: pd.DataFrame, classes: tuple[str, ...], data: str, encoder: int, seed: int) -> Figure:
-    """How many nodes of each head recognise each label, labels ordered by owner and count (`stages.head_division`)."""
-    part = labels[(labels.encoder == encoder) & (labels.seed == seed) & (labels.network == "trained")]
-    counts = part.pivot(index="head", columns="label", values="count")
-    owned = part[part.owner].set_index("label")
-    order = sorted(counts.columns, key=lambda label: _owner_key(owned, label))
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axis = plt.subplots(figsize=(11, 1.1 + 0.32 * len(counts)))
-        image = axis.imshow(counts[order].to_numpy(), aspect="auto", cmap="viridis")
-        figure.colorbar(image, ax=axis, label="nodes", pad=0.01)
-        ticks = axis.set_xticks(range(len(order)), [plain(classes[label]) for label in order], rotation=90, fontsize=6)
-        for tick, label in zip(ticks, order, strict=True):
-            if label in owned.index:
-                tick.label1.set_color(COLOURS[int(owned.loc[label, "head"]) % len(COLOURS)])
-        axis.set_yticks(range(len(counts)), [f"head {head}" for head in counts.index])
-        for tick, head in zip(axis.get_yticklabels(), counts.index, strict=True):
-            tick.set_color(COLOURS[int(head) % len(COLOURS)])
-        return _stamped(figure, f"{data}, encoder {encoder}, seed {seed}: nodes that recognise a label", data)
+@plt.rc_context(PLAIN)
+def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: str) -> Figure:
+    """How many nodes of each head recognise each label, labels ordered by owner and count; below, the same for nodes
+    dealt to the heads at random: any table so ordered has steps, their height tells (`stages.head_counts`)."""
+    heads = table["head"].nunique()
+    colours = [*(COLOURS[head % len(COLOURS)] for head in range(heads)), "grey"]
+    figure, axes = plt.subplots(2, 1, figsize=(11, 1.5 + 0.5 * heads))
+    for axis, (which, part) in zip(axes, table.groupby("nodes", sort=False), strict=True):
+        counts = part.pivot(index="head", columns="label", values="count").to_numpy()
+        owner = np.where(counts.max(axis=0) > 0, counts.argmax(axis=0), heads)  # last: nobody's
+        order = np.lexsort((-counts.max(axis=0), owner))
+        image = axis.imshow(counts[:, order], aspect="auto", cmap="viridis", vmin=0, vmax=table["count"].max())
+        names = [plain(classes[label]) for label in order] if axis is axes[0] else []
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        axis.set(ylabel=which, yticks=range(heads), yticklabels=[f"head {head}" for head in range(heads)])
+        for ticks, whose in ((axis.get_yticklabels(), range(heads)), (axis.get_xticklabels(), owner[order])):
+            for tick, head in zip(ticks, whose, strict=False):
+                tick.set_color(colours[head])
+    figure.colorbar(image, ax=axes, label="nodes", pad=0.01)
+    return _stamped(figure, f"{data}, {place}: nodes that recognise a label", data)
 
 
+@plt.rc_context(STYLE)
 def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     """Are owners experts? Margins of the owners; accuracy of the own head alone against the best other head; accuracy
     lost on each owner's labels by each head's ablation. One encoder, all seeds (`stages.head_division`)."""
@@ -312,45 +320,50 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     others = part[~part.owner_unseen.astype(bool)].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
     owner = part.merge(own["head"].rename("owned_by"), left_on=["seed", "label"], right_index=True)
     lost = 100 * owner.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(9, 3))
-        axes[0].hist(margins, bins=np.arange(margins.max() + 2) - 0.5, color=COLOURS[0])
-        axes[0].set(xlabel="margin of the owner (nodes)", ylabel="labels")
-        axes[1].scatter(100 * others, 100 * own.alone_accuracy, 12, [COLOURS[i % 8] for i in own["head"]], alpha=0.7)
-        axes[1].axline((0, 0), slope=1, color="grey", ls=":")
-        axes[1].set(xlabel="best other head alone (%)", ylabel="own head alone (%)")
-        share = f"{(own.alone_accuracy > others).mean():.0%} above the line, by chance {1 / part['head'].nunique():.0%}"
-        axes[1].set_title(share, fontsize=8)
-        axes[2].grid(False)
-        image = axes[2].imshow(lost, cmap="RdBu_r", vmin=-np.abs(lost).max().max(), vmax=np.abs(lost).max().max())
-        axes[2].set(xlabel="owner of the labels", xticks=range(lost.shape[1]), xticklabels=lost.columns)
-        axes[2].set(ylabel="silenced head", yticks=range(lost.shape[0]), yticklabels=lost.index)
-        figure.colorbar(image, ax=axes[2], label="accuracy lost (points)")
-        return _stamped(figure, f"{data}, encoder {encoder}, n = {part.seed.nunique()}", data)
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    axes[0].hist(margins, bins=np.arange(margins.max() + 2) - 0.5, color=COLOURS[0])
+    every = f"labels ({part.seed.nunique()} x {part.label.nunique()})"
+    axes[0].set(xlabel="margin of the owner (nodes; 0: tied)", ylabel=every)
+    axes[1].scatter(100 * others, 100 * own.alone_accuracy, 12, COLOURS[0], alpha=0.5)
+    axes[1].axline((0, 0), slope=1, color="grey", ls=":")
+    axes[1].set(xlabel="best other head alone (%)", ylabel="own head alone (%)")
+    share = f"{(own.alone_accuracy > others).mean():.0%} above the line, by chance {1 / part['head'].nunique():.0%}"
+    axes[1].annotate(share, (0.5, 1.02), xycoords="axes fraction", ha="center", fontsize=8)
+    axes[2].grid(False)
+    image = axes[2].imshow(lost, cmap="RdBu_r", vmin=-np.abs(lost).max().max(), vmax=np.abs(lost).max().max())
+    axes[2].set(xlabel="owner of the labels", xticks=range(lost.shape[1]), xticklabels=lost.columns)
+    axes[2].set(ylabel="silenced head", yticks=range(lost.shape[0]), yticklabels=lost.index)
+    for row, column in itertools.product(range(lost.shape[0]), range(lost.shape[1])) if lost.size <= 64 else ():
+        style = {"color": "white"} if abs(lost.iloc[row, column]) > 0.6 * np.abs(lost).max().max() else {}
+        axes[2].text(column, row, f"{lost.iloc[row, column]:.1f}", ha="center", va="center", fontsize=7, **style)
+    figure.colorbar(image, ax=axes[2], label="accuracy lost (points)")
+    return _stamped(figure, f"{data}, encoder {encoder}", data, part)
 
 
+@plt.rc_context(STYLE)
 def cooperation(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy of random subsets of nodes, within a head and across heads, against their number; dotted: what single
     nodes would give if they added up. First, middle and last encoder (`stages.cooperation`)."""
-    encoders = sorted(table.encoder.unique())
-    encoders = sorted({encoders[0], encoders[(len(encoders) - 1) // 2], encoders[-1]})
-    with plt.rc_context(STYLE):
-        size = (1.2 + 2.4 * len(encoders), 2.8)
-        figure, axes = plt.subplots(1, len(encoders), figsize=size, sharey=True, squeeze=False)
-        for axis, encoder in zip(axes[0], encoders, strict=True):
-            part = table[table.encoder == encoder]
-            for nodes, colour in (("head", COLOURS[1]), ("across", COLOURS[0])):
-                grouped = part[part.nodes == nodes].groupby("size")[["accuracy", "singles"]]
-                mean, spread = 100 * grouped.mean(), 100 * grouped.std()
-                axis.errorbar(mean.index, mean.accuracy, spread.accuracy, fmt="o-", ms=3, color=colour, label=nodes)
-                axis.plot(mean.index, mean.singles, ":", color=colour)
-            axis.set_xscale("log", base=2)
-            axis.set(xlabel=f"nodes of encoder {encoder}")
-        axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 110 * table.accuracy.max()))
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="nodes from")
-        return _stamped(figure, f"{data}, attn nodes, n = {table.seed.nunique()}", data)
+    every = sorted(table.encoder.unique())
+    encoders = sorted({every[0], every[(len(every) - 1) // 2], every[-1]})
+    figure = plt.figure(figsize=(1.2 + 2.4 * len(encoders), 2.8))
+    axes = figure.subplots(1, len(encoders), sharey=True, squeeze=False)
+    for axis, encoder in zip(axes[0], encoders, strict=True):
+        part = table[table.encoder == encoder]
+        for nodes, colour in (("head", COLOURS[1]), ("across", COLOURS[0])):
+            grouped = part[part.nodes == nodes].groupby("size")[["accuracy", "singles"]]
+            mean, spread = 100 * grouped.mean(), 100 * grouped.std()
+            axis.errorbar(mean.index, mean.accuracy, spread.accuracy, fmt="o-", ms=3, color=colour, label=nodes)
+            axis.plot(mean.index, mean.singles, ":", color=colour)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel=f"nodes of encoder {encoder}")
+    axes[0, 0].plot([], [], ":", color="grey", label="single nodes\nadded up")
+    axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 110 * table.accuracy.max()))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="nodes from")
+    return _stamped(figure, f"{data}, attn nodes, bars: deviation over draws", data, table)
 
 
+@plt.rc_context(PLAIN)
 def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
     """Attention received by each token, image-shaped: own labels, other labels and their difference, for every head of
     the encoders in the table (`stages.attention_maps`)."""
@@ -358,60 +371,42 @@ def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
     shown = shown.reindex(columns=["own", "other"]).assign(difference=lambda t: t.own - t.other)
     groups = list(shown.groupby(level=[0, 1]))
     side = round(len(groups[0][1]) ** 0.5)
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(3, len(groups), figsize=(1.2 + 1.1 * len(groups), 3.6), squeeze=False)
-        for column, ((encoder, head), part) in enumerate(groups):
-            for row, which in enumerate(shown.columns):
-                values = part[which].to_numpy().reshape(side, side)
-                top = shown[which].abs().max() if which == "difference" else shown[["own", "other"]].max().max()
-                style = {"cmap": "RdBu_r", "vmin": -top} if which == "difference" else {"cmap": "viridis", "vmin": 0}
-                image = axes[row, column].imshow(values, vmax=top, **style)
-                axes[row, column].set(xticks=[], yticks=[])
-                if column == len(groups) - 1:
-                    figure.colorbar(image, ax=axes[row, :], shrink=0.8)
-            axes[0, column].set_title(f"encoder {encoder}\nhead {head}", fontsize=7)
-        for row, which in enumerate(("own labels", "other labels", "difference")):
-            axes[row, 0].set_ylabel(which, fontsize=8)
-        return _stamped(figure, f"{data}, {place}: attention received", data)
+    figure, axes = plt.subplots(3, len(groups), figsize=(1.2 + 1.1 * len(groups), 3.6), squeeze=False)
+    for column, ((encoder, head), part) in enumerate(groups):
+        for row, which in enumerate(shown.columns):
+            values = part[which].to_numpy().reshape(side, side)
+            top = shown[which].abs().max() if which == "difference" else shown[["own", "other"]].max().max()
+            style = {"cmap": "RdBu_r", "vmin": -top} if which == "difference" else {"cmap": "viridis", "vmin": 0}
+            image = axes[row, column].imshow(values, vmax=top, **style)
+            axes[row, column].set(xticks=[], yticks=[])
+            if column == len(groups) - 1:
+                figure.colorbar(image, ax=axes[row, :], shrink=0.8)
+        axes[0, column].set_title(f"encoder {encoder}\nhead {head}", fontsize=7)
+    for axis, which in zip(axes[:, 0], ("own labels", "other labels", "difference"), strict=True):
+        axis.set(ylabel=which)
+    return _stamped(figure, f"{data}, {place}: attention received", data)
 
 
-def more_heads(table: pd.DataFrame, data: str) -> Figure:
-    """Specialisation, ablation gap and accuracy against the number of heads (`stages.more_heads`)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
-        labels = ("excess specialisation (nats)", "ablation gap (points)", "test accuracy (%)")
-        columns = ("excess", "gap", "test_accuracy")
-        for axis, column, scale, label in zip(axes, columns, (1, 100, 100), labels, strict=True):
-            for kind, line in (("trained", "o-"), ("random", "x--")):
-                mean = scale * table[table.network == kind].groupby("heads")[column].mean()
-                if kind == "trained" or column == "excess":
-                    axis.plot(mean.index, mean, line, ms=4, label=kind)
-            axis.set_xscale("log", base=2)
-            axis.set(xlabel="heads", ylabel=label)
-        axes[0].legend(fontsize=8)
-        return _stamped(figure, f"{data}, n = {table.seed.nunique()}", data)
-
-
+@plt.rc_context(STYLE)
 def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     """Excess specialisation and the ablation gap with its null along the encoders (second table of
     `stages.head_division`)."""
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
-        for kind, line, colour in (("trained", "o-", "#D55E00"), ("random", "x--", "grey")):
-            part = encoders[encoders.network == kind]
-            _curve(left, part, "excess", 1, line, colour)
-            left.plot([], [], line, ms=4, color=colour, label=kind)
-        null = encoders[encoders.network == "trained"].groupby("encoder")[["null_low", "null_high", "null_mean"]].mean()
-        band = {"color": COLOURS[1], "alpha": 0.2, "lw": 0, "label": "95 % of permutations"}
-        left.fill_between(null.index, null.null_low - null.null_mean, null.null_high - null.null_mean, **band)
-        left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
-        left.legend(fontsize=8)
-        trained = encoders[encoders.network == "trained"]
-        _curve(right, trained, "gap", 100, "o-", "#D55E00")
-        _curve(right, trained, "gap_null_high", 100, "--", "grey")
-        right.legend(right.lines, ["trained", "97.5 % of dealt owners"], fontsize=8)
-        right.set(xlabel="encoder", ylabel="lost without the head, own\n- other labels (points)")
-        return _stamped(figure, f"{data}, n = {encoders.seed.nunique()}", data)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
+    trained = encoders[encoders.network == "trained"]
+    for kind, line, colour in (("trained", "o-", "#D55E00"), ("random", "x--", "grey")):
+        part = encoders[encoders.network == kind]
+        _curve(left, part, "excess", 1, line, colour)
+        left.plot([], [], line, ms=4, color=colour, label=kind)
+    null = trained.groupby("encoder")[["null_low", "null_high", "null_mean"]].mean()
+    band = {"fc": "none", "ec": "black", "hatch": "////", "lw": 0, "label": "95 % of permutations"}
+    left.fill_between(null.index, null.null_low - null.null_mean, null.null_high - null.null_mean, **band)
+    left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
+    _curve(right, trained, "gap", 100, "o-", "#D55E00")
+    _curve(right, trained, "gap_null_high", 100, ":", "black")
+    left.plot([], [], ":", color="black", label="97.5 % of dealt owners")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    right.set(xlabel="encoder", ylabel="lost without the head: own\nminus other labels (points)")
+    return _stamped(figure, f"{data}", data, encoders)
 
 
 def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour, x: str = "encoder") -> None:
@@ -423,22 +418,18 @@ def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colou
         axis.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
 
 
-def _owner_key(owned: pd.DataFrame, label: int) -> tuple:
-    if label not in owned.index:
-        return (math.inf, 0, label)
-    return (int(owned.loc[label, "head"]), -int(owned.loc[label, "count"]), label)
-
-
 def plain(name: str, longest: int = 40) -> str:
     """A name as matplotlib should draw it: one line, not endless, and dollar signs are text, not mathematics."""
     shown = "".join(character if character.isprintable() else " " for character in name)
     return (shown if len(shown) <= longest else shown[: longest - 1] + "…").replace("$", r"\$")
 
 
-def _stamped(figure: Figure, title: str, data: str) -> Figure:
+def _stamped(figure: Figure, title: str, data: str, table: pd.DataFrame | None = None) -> Figure:
+    """The title, with the number of seeds in the table, and whole numbers for encoders and epochs."""
     for axis in figure.axes:
         if axis.get_xlabel() in ("encoder", "epoch"):
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.get_major_locator().set_params(integer=True, nbins=8)
+    title += f", n = {table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}" if table is not None else ""
     suffix = " — demonstration, not evidence" if data in EMBEDDED else ""
     figure.suptitle(plain(title + suffix, 200), fontsize=9)
     return figure

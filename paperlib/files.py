@@ -36,10 +36,8 @@ def reading(path: Path, way_out: str) -> Iterator[None]:
     the machine refuses (memory, permissions) stays what it is, since the file may be good."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # zipfile, zlib, pickle, PIL, safetensors and JSON raise some twenty kinds
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None):
             raise
         reason = str(error).split(". ")[0].split("\n")[0].rstrip(":") or type(error).__name__
         raise ValueError(f"{path} cannot be used ({reason}): {way_out}") from error

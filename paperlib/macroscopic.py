@@ -24,11 +24,8 @@ def moments(
     """Batches of activations, tap name -> (n, T, D), and labels (n,); readouts (L, T, D) -> mean M_k and within-label
     variance V_k of each node's field, both (D, L, L): node, input label, output label."""
     labels = len(next(iter(weights.values())))
-    sums = {
-        name: weight.new_zeros(2, weight.shape[2], labels, labels, dtype=torch.float64)
-        for name, weight in weights.items()
-    }
-    counts = torch.zeros(labels, dtype=torch.float64, device=next(iter(weights.values())).device)
+    counts = next(iter(weights.values())).new_zeros(labels, dtype=torch.float64)
+    sums = {name: counts.new_zeros(2, weight.shape[2], labels, labels) for name, weight in weights.items()}
     for activations, y in batches:
         counts += y.bincount(minlength=labels)
         for name, weight in weights.items():
@@ -72,8 +69,8 @@ def predicted_accuracy(mean: Tensor, variance: Tensor, shares: Tensor, points: i
 
 
 def correlation_factor(mean: Tensor, variance: Tensor, shares: Tensor, accuracy: float) -> float:
-    """The factor f with which all nodes (L, L) together get the measured accuracy, by bisection in 1e-4..1e4; the end of
-    that range if no factor in it does."""
+    """The factor f with which all nodes (L, L) together get the measured accuracy, by bisection in 1e-4..1e4, or the
+    end of that range."""
     low, high = -4.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2

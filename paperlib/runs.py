@@ -253,9 +253,8 @@ def is_large(file: str) -> bool:
 def save_arrays(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as compressed NumPy arrays, Boolean ones as bits (see `Artefact.arrays`)."""
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    for name, array in list(arrays.items()):
-        if array.dtype == bool:
-            arrays |= {name: np.packbits(array), f"{name}:shape": np.array(array.shape)}
+    for name in [name for name, array in arrays.items() if array.dtype == bool]:
+        arrays |= {name: np.packbits(arrays[name]), f"{name}:shape": np.array(arrays[name].shape)}
     with files.whole(path) as file:
         np.savez_compressed(file, **arrays)
 

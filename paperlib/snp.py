@@ -126,8 +126,7 @@ def order_spread(booleans: Tensor, orders: int, generator: torch.Generator) -> t
         order = torch.randperm(booleans.shape[1], generator=generator)
         statistics = tap_statistics(booleans[:, order][:, :, order])
         found.append((statistics.clusters_per_node, statistics.pooled_cluster_size))
-    clusters, sizes = torch.tensor(found).T
-    return clusters, sizes
+    return torch.tensor(found).unbind(dim=1)
 
 
 @dataclass(frozen=True)
@@ -198,11 +197,8 @@ def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
     totals = (nodes.labels, nodes.clusters, nodes.internal, nodes.external)
     labels, clusters, internal, external = (float(total.sum()) for total in totals)
     pairs = num_labels * (num_labels - 1)
-    signal, noise, noise_external = (
-        labels / num_labels,
-        _quotient(internal + external, pairs),
-        _quotient(external, pairs),
-    )
+    signal = labels / num_labels
+    noise, noise_external = (_quotient(part, pairs) for part in (internal + external, external))
     per_node = {"clusters_per_node": clusters, "labels_per_node": labels}
     per_node |= {"internal_noise": internal, "external_noise": external}
     return TapStatistics(

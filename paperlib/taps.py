@@ -40,8 +40,6 @@ CCT_TAPS = {
     "ff2": ("linear2", "output"),
     "block": ("", "output"),
 }
-
-
 # What follows the last encoder: its LayerNorm, the normalised tokens as SeqPool weighs them, and their sum
 AFTER_CCT = {
     "norm": ("classifier.norm", "output"), "weighed": ("classifier.weighed", "output"),

@@ -47,7 +47,7 @@ def test_labels_are_those_of_the_two_images_that_are_mixed():
 
 
 def test_operations_are_left_out_as_often_as_the_recipe_says():
-    """Of two operations, each done with probability 0.5, neither is in a quarter of the cases (and some change nothing)."""
+    """Of two operations, each done with probability 0.5, a quarter of the images get none (and some change nothing)."""
     from torchvision.transforms import v2
 
     operations = v2.Compose(augmentation._transforms(16, 5)[0].transforms[-2:])

@@ -555,14 +555,15 @@ def test_hostile_names_pass_through_figures_and_tables(tmp_path):
     count = len(images.classes)
     eye = torch.eye(count)
     rows = [
-        {"encoder": 1, "seed": 0, "network": "trained", "head": head, "label": label, "count": 1, "owner": head == 0}
+        {"nodes": nodes, "head": head, "label": label, "count": 1}
+        for nodes in ("of heads", "dealt")
         for head in range(2)
         for label in range(count)
     ]
     drawn = {
         "examples": figures.examples(images),
         "node": figures.node_matrix(eye, eye > 0, [[0, 1], [2]], images.classes, images.name, "node 1"),
-        "heads": figures.head_map(pd.DataFrame(rows), images.classes, images.name, 1, 0),
+        "heads": figures.head_map(pd.DataFrame(rows), images.classes, images.name, "encoder 1"),
     }
     table = pd.DataFrame({"label": images.classes})
     for name, figure in drawn.items():

@@ -102,11 +102,8 @@ def test_measuring(cuda):
 def test_masks_and_owners_may_come_from_the_cpu(cuda):
     """What files hold is read to the CPU; the network is where it is."""
     network = fake_network(cuda)
-    masks = {
-        f"classifier.blocks.0.{layer}": torch.ones(*network.get_submodule(f"classifier.blocks.0.{layer}").weight.shape)
-        > 0
-        for layer in ("linear1", "linear2")
-    }
+    paths = [f"classifier.blocks.0.{layer}" for layer in ("linear1", "linear2")]
+    masks = {path: torch.ones(*network.get_submodule(path).weight.shape, dtype=torch.bool) for path in paths}
     andc.apply_masks(network, masks)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):  # which nodes stay, needs values
         andc.compact(network, andc.removable(masks))

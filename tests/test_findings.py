@@ -41,9 +41,9 @@ def curves(run):
     return {key: part.droplevel(["tap", "network"]) for key, part in means.groupby(["tap", "network"])}
 
 
-def states(claim: str, text: str, *values: float) -> None:
+def states(claim: str, text: str, *values: float, page: str = "docs/findings.md") -> None:
     """Ask that a section of the page says `text` with these values in its fields; lines may break anywhere."""
-    page = (runs.root() / "docs" / "findings.md").read_text(encoding="utf-8")
+    page = (runs.root() / page).read_text(encoding="utf-8")
     sections = [" ".join(part.split()) for part in re.split(r"^##? ", page, flags=re.MULTILINE)]
     section = next(part for part in sections if part.startswith(claim))
     assert text.format(*values) in section, text.format(*values)
@@ -181,13 +181,13 @@ def test_experts(run, summary):
     heads = last(labels[labels.network == TRAINED])
     owner, count = heads.owner_unseen.astype(bool), heads["head"].nunique()
     most = along.excess.iloc[-1], math.log(count), along.z.iloc[-1]
-    states("C5", "({:.2f} of at most {:.2f} nats, {:.0f} deviations above chance)", *most)
+    states("C5", "({:.2f} of at most {:.2f} nats, {:.0f} standard deviations of the permutations", *most)
     own, others = (heads[rows].groupby(["seed", "label"]).alone_accuracy.max() for rows in (owner, ~owner))
     states("C5", "in {:.0f} % of cases (chance: {:.0f} %)", 100 * (own > others).mean(), 100 / count)
     alone = [100 * heads[rows].alone_accuracy.mean() for rows in (owner, ~owner)]
     states("C5", "on its own labels a head answers {:.0f} % rightly, on the others {:.0f} %", *alone)
-    states("C5", "costs its own labels {:.1f} points", 100 * along.own_drop.iloc[-1])
-    states("C5", "gives the others {:.1f}", -100 * along.other_drop.iloc[-1])
+    states("C5", "Without a head its own labels lose {:.1f} points", 100 * along.own_drop.iloc[-1])
+    states("C5", "and the others gain {:.1f}", -100 * along.other_drop.iloc[-1])
     assert (along.gap < along.gap_null_high).tolist() == [True] * 3 + [False] * 4  # "in the first three"
     first = last(encoders.query("network == 'trained' and seed == 0")).iloc[0]
     states("C5", "({:.1f} points, silent {:.1f}; first seed)", 100 * first.first_mean_gap, 100 * first.gap)
@@ -219,3 +219,20 @@ def test_accuracy_from_nodes(run, summary):
     whole = table[table["size"] == table["size"].max()]
     states("C6", "All {} nodes of the last encoder are predicted", whole["size"].iloc[0])
     states("C6", "({:.0f} %) and answer {:.0f} %", 100 * whole.predicted.mean(), 100 * whole.measured.mean())
+
+
+def test_in_short(run, summary, curves):
+    """The first screen of the README."""
+
+    def says(text, *values):
+        states("What the heads agree on", text, *values, page="README.md")
+
+    block, random, cnn = curves["block", TRAINED], curves["block", RANDOM], curves["conv", TRAINED]
+    says("(SNR {:.1f} to {:.1f}; random weights {:.1f})", *ends(block.snr), random.snr.mean())
+    says("in the CNN ({:.1f} to {:.1f})", *ends(cnn.snr))
+    _, encoders, _ = stages.head_division(run)
+    lost = last(encoders[encoders.network == TRAINED])
+    says("its own labels lose {:.1f} points", 100 * lost.own_drop.mean())
+    assert lost.other_drop.mean() <= 0  # "the others none"
+    sizes = pd.DataFrame(summary["02_snr_per_encoder"]["predictions"])
+    says("missed by {:.0f} points", 100 * sizes.error_predicted.iloc[-1])

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import json
 import operator
 import re
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import nbformat
 import parameters
@@ -128,10 +130,14 @@ def test_stored_outputs_are_those_of_one_clean_run(path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_to_files_resolve(page):
-    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    links = re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", page.read_text())
     assert links or page.name != "README.md"
-    for link in links:
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for link, anchor in links:
+        target = page.parent / link if link else page
+        assert link.startswith("https://") or target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.M)
+            assert anchor[1:] in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, anchor
 
 
 def commands(page):
@@ -145,7 +151,11 @@ def test_commands_of_the_pages_are_accepted(line, monkeypatch):
     monkeypatch.setattr("paperlib.data.check_name", lambda name: None)  # folder:my_images is the reader's own
     words = shlex.split(line, comments=True)
     file = words[1] if words[0] == "python" else words[0]
-    assert words[0] == "torchrun" or (ROOT / file).is_file()
+    file = next(word for word in words if word.endswith(".py")) if words[0] == "torchrun" else file
+    assert (ROOT / file).is_file()
+    if file.startswith("notebooks/"):
+        script = importlib.import_module(Path(file).stem)
+        script.parser().parse_args(words[words.index(file) + 1 :])
     if words[0] == "./run_all.sh":
         options = parser().parse_args(words[1:])
         assert options.list or parameters.load_settings(options.profile, parameters.changes_of(options.set))

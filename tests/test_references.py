@@ -7,6 +7,8 @@ import pytest
 import references
 import stages
 import torch
+import walk
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from paperlib import models, runs
@@ -72,6 +74,23 @@ def test_a_walk_starts_from_a_reference(made):
 def test_other_settings_than_the_references_are_refused(made, changes, sentence, refuses):
     with refuses(sentence):
         parameters.load_settings("quick", CUT | {"weights": "reference"} | changes)
+
+
+def test_a_missing_cnn_is_noticed_before_any_notebook_runs(made, capsys):
+    changes = [f"{name}={value}" for name, value in CUT.items()]
+    assert walk.main(["quick", "--only", "04,05", "--set", "weights=reference", *changes]) == 2
+    assert "vgg" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_makes_no_reference(folders, monkeypatch, tmp_path, capsys):
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (24, 24), (60 * number, 0, 0)).save(tmp_path / part / label / f"{number}.png")
+    arguments = ["make", "quick", "--seed", "0", "--set", f"data=folder:{tmp_path}", "batch_size=2"]
+    assert references.main(arguments) == 2
+    assert "licence" in capsys.readouterr().err
 
 
 def test_the_cnn_is_stored_too(folders, monkeypatch):

@@ -46,6 +46,26 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
         store_outputs.store_stages(used | {"snr-trained-seed0": "0" * 16}, run.folder / "stages", target)
 
 
+def test_a_copy_that_was_interrupted_is_not_taken_for_a_stage(folders, monkeypatch):
+    made, kept = folders / "made", folders / "kept"
+    (made / "s" / "key").mkdir(parents=True)
+    for name in ("a.csv", "b.csv", "stage.json"):
+        (made / "s" / "key" / name).write_text(name)
+
+    def stops(source, target):
+        if source.endswith("b.csv"):
+            raise KeyboardInterrupt
+        return shutil.copy2(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil.copytree, "__defaults__", (False, None, stops, False, False))
+        store_outputs.store_stages({"s": "key"}, made, kept)
+    assert store_outputs.finished_stages(kept) == {} and not (kept / "s" / "key").exists()
+    store_outputs.store_stages({"s": "key"}, made, kept)
+    assert {path.name for path in (kept / "s" / "key").iterdir()} == {"a.csv", "b.csv", "stage.json"}
+    assert len(list((kept / "s").iterdir())) == 1
+
+
 def test_stages_of_an_unfinished_walk_are_stored(folders, monkeypatch):
     """What was stored before stays; two versions of a stage are refused."""
     monkeypatch.setattr(runs, "root", lambda: folders)

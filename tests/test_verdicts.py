@@ -398,3 +398,105 @@ def test_draws_that_share_the_images_are_as_certain_as_one_that_has_them_all():
     draws = pd.concat([one[one.method == "random"].assign(draw=draw, loss_se=0.003 * 5**0.5) for draw in range(5)])
     found = verdicts.largest_dilutions(pd.concat([one[one.method == "andc"], draws]))
     assert found.straight.tolist() == [0.6, 0.6]
+
+
+# --- in every seed: one that fails is enough
+
+
+def one_seed_of(good, bad):
+    """The good table with the rows of seed 1 taken from the bad one."""
+    return pd.concat([good[good.seed != 1], bad[bad.seed == 1]]).sort_values("seed", kind="stable")
+
+
+def words(rows):
+    return [row["verdict"] for row in rows if not row["beside"]]
+
+
+def c2(odd):
+    good, bad = nodes_table(3, RISING, FLAT, spread=0.1), nodes_table(3, FLAT, RISING, spread=0.1)
+    return verdicts.clusters(one_seed_of(good, bad) if odd else good, "cifar100", L)[:1]
+
+
+def c3_null(odd):
+    """Seed 1's network grows, its random twin more."""
+    good, bad = nodes_table(3, RISING, FLAT, spread=0.1), nodes_table(3, RISING, [1, 2, 4, 9], spread=0.1)
+    correct = answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    nodes = one_seed_of(good, bad) if odd else good
+    return verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table())[2:3]
+
+
+def c4(odd):
+    good, bad = pruning_table(3, 0.004, 0.05), pruning_table(3, 0.004, 0.004)
+    return verdicts.pruning(one_seed_of(good, bad) if odd else good, "cifar100")[:1]
+
+
+def c5_random(odd):
+    good, bad = heads_table(0.3, 0.0, 0.01), heads_table(0.3, 0.4, 0.01)
+    return verdicts.modus_vivendi(one_seed_of(good, bad) if odd else good, "cifar100")[:1]
+
+
+def c5_dealt(odd):
+    good = heads_table(0.3, 0.0, 0.01)
+    return verdicts.modus_vivendi(good.assign(gap_null_high=0.005 + 0.1 * odd * (good.seed == 1)), "cifar100")[1:]
+
+
+def c6(odd):
+    good, bad = (subsets_table(lambda truth, rng, off=off: truth + off) for off in (0.01, 0.2))
+    return verdicts.macroscopic(one_seed_of(good, bad) if odd else good, "cifar100")[1:]
+
+
+@pytest.mark.parametrize("claim", [c2, c3_null, c4, c5_random, c5_dealt, c6], ids=lambda rule: rule.__name__)
+def test_one_seed_that_fails_is_enough(claim):
+    assert words(claim(False)) == ["supported"] and words(claim(True)) == ["not supported"]
+
+
+def halves(cnn, cnn_random=FLAT, spread=0.1):
+    """Nodes, right answers and penalties of a CCT that sharpens beyond doubt and of a CNN."""
+    parts = (
+        ("cct", "block", nodes_table(3, RISING, FLAT, 0.1)),
+        ("cnn", "conv", nodes_table(3, cnn, cnn_random, spread)),
+    )
+    nodes = pd.concat([part[part.tap == "block"].assign(half=half, tap=tap) for half, tap, part in parts])
+    right = answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    correct = {"cct": right, "cnn": {(s, k, name.replace("block", "conv")): r for (s, k, name), r in right.items()}}
+    table = penalty_table()
+    return nodes, correct, {"cct": table, "cnn": table[table.tap == "block"].assign(tap="conv")}
+
+
+@pytest.mark.parametrize(
+    ("cnn", "random", "spread", "word"),
+    [
+        (RISING, FLAT, 0.1, "supported"),
+        (RISING, [1, 2, 4, 9], 0.1, "not supported"),  # the CNN's random twin grows more
+        ([2.0, 2.01, 2.02, 2.03], FLAT, 3.0, "not supported"),  # the CNN's growth is uncertain
+    ],
+)
+def test_the_cnn_has_to_sharpen_as_surely_as_the_cct(cnn, random, spread, word):
+    nodes, correct, penalties = halves(cnn, random, spread)
+    accuracy, snr = verdicts.unified(nodes, correct, "cifar100", L, penalties)
+    assert accuracy["verdict"] == "supported" and snr["verdict"] == word
+    assert snr["numbers"].startswith("CCT 2.0") and "; CNN " in snr["numbers"]
+
+
+def test_an_uncertain_trend_does_not_support():
+    """Last - first is certain, but of the encoders between nobody knows the order."""
+    nodes = nodes_table(3, [2.0, 3.9, 3.0, 2.6], FLAT, spread=0.05)
+    row = verdicts.sharpening(nodes, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, penalty_table())[2]
+    assert row["effect"] > 0.5
+    between = nodes.encoder.isin([2, 3]) & (nodes.network == "trained")
+    noisy = nodes.assign(external=np.where(between & (nodes.node >= 2), 0, nodes.external * np.where(between, 100, 1)))
+    row = verdicts.sharpening(noisy, answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4), "cifar100", L, penalty_table())[2]
+    assert row["effect"] > 0.5 and row["verdict"] == "not supported"
+
+
+def test_numbers_say_what_effects_were_made_from():
+    nodes, correct = nodes_table(3, RISING, FLAT), answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table())
+    assert rows[0]["numbers"] == "0.10 to 0.40 (random weights 0.10 to 0.10)"
+    assert rows[2]["numbers"] == "2.00 to 4.00 (random weights 1.30 to 1.30)"
+    snr, size = verdicts.clusters(nodes, "cifar100", L)
+    assert (snr["numbers"], size["numbers"]) == ("2.00 against 1.30", "at most 2.00 labels, L/10 is 10")
+    rank, error = verdicts.macroscopic(subsets_table(lambda truth, rng: truth + 0.01), "cifar100")
+    assert float(rank["numbers"]) == pytest.approx(rank["effect"] + 0.8, abs=1e-3)
+    only_size, predicted = map(float, error["numbers"].split(" - "))
+    assert predicted == 0.01 and only_size - predicted == pytest.approx(error["effect"], abs=1e-3)

@@ -1,11 +1,14 @@
 """Whole walks: the profiles that take hours, cut short but at their real shapes. (nbval runs the profile quick.)"""
 
 import json
+import signal
 
+import nbformat
 import parameters
 import pytest
 import regenerate
 import remeasure
+import walk
 from walk import main
 
 # Real image sizes and networks; few images, labels, steps and thresholds
@@ -32,6 +35,34 @@ def test_gpu_profiles_train_and_measure_when_cut_short(profile, folders, write_c
     assert main([profile, "--only", "01,03", "--set", *CUT, "taps=[attn, block]", "retrain_thresholds=[]"]) == 0
     summary = json.loads((folders / "figures" / profile / "summary.json").read_text())
     assert summary["results"].keys() == {"01_train_cct", "03_andc_pruning"}
+
+
+ENDS = {
+    "__import__('os').kill(__import__('os').getpid(), 9)": "its kernel died",
+    "__import__('time').sleep(300)": "stopped after the profile's time limit",
+    "1 / 0": "ZeroDivisionError: division by zero",
+    "pass": "it ended without writing",
+}
+
+
+@pytest.mark.parametrize(("code", "sentence"), ENDS.items(), ids=["killed", "too long", "an error", "nothing written"])
+def test_how_a_notebook_may_end(code, sentence, tmp_path):
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python"}})
+    notebook.cells = [nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    nbformat.write(notebook, tmp_path / "01_short.ipynb")
+    (tmp_path / "out").mkdir()
+    said = walk._execute(tmp_path / "01_short.ipynb", tmp_path / "out", tmp_path, "quick", {}, minutes=0.1)
+    assert said.startswith(sentence) and "\n" not in said
+    assert signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, None)
+
+
+def test_stopping_a_walk_by_hand_is_one_sentence(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walk.papermill, "execute_notebook", interrupted)
+    said = walk._execute(tmp_path / "01.ipynb", tmp_path, tmp_path, "quick", {}, minutes=1)
+    assert said == "stopped by hand: the same command goes on from here"
 
 
 @pytest.mark.slow
