@@ -165,8 +165,8 @@ def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Fi
             axis.vlines(q.index + shift, q[0.025], q[0.975], color=colour, lw=1)
             axis.vlines(q.index + shift, q[0.25], q[0.75], color=colour, lw=4)
             axis.plot(q.index + shift, q[0.5], "o", ms=4, mfc="white", color=colour, label=kind)
-        axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=(0, None))
-    axes[2].set(ylabel="noise per node (label pairs)", yscale="log", ylim=(None, None))
+        axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=None if column == "noise" else (0, None))
+    axes[2].set(ylabel="noise per node (label pairs)", yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return _stamped(figure, f"{data}, nodes of {tap}", data, part)
 
@@ -228,7 +228,7 @@ def _scaled(field: Tensor, order: list[int]) -> np.ndarray:
 def _frame(axis, clusters: list[list[int]]) -> None:
     start = -0.5
     for cluster in clusters:
-        axis.add_patch(plt.Rectangle((start, start), len(cluster), len(cluster), fill=False, ec=COLOURS[7], lw=0.7))
+        axis.add_patch(plt.Rectangle((start, start), len(cluster), len(cluster), fill=False, ec=COLOURS[2], lw=1))
         start += len(cluster)
 
 

@@ -142,7 +142,7 @@ def test_links_to_files_resolve(page):
 
 def commands(page):
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for block in blocks for line in block.splitlines() if line.partition("#")[0].strip()]
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])

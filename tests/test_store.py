@@ -178,9 +178,10 @@ def test_a_measurement_agrees_within_the_spread_of_the_seeds():
 
 def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():
     row = {"claim": "C2", "statistic": "SNR", "effect": 1.0, "uncertainty": 0.1, "null": "none", "notes": ""}
-    row |= {"verdict": "supported", "beside": False, "by_seed": []}
+    row |= {"verdict": "supported", "beside": False, "by_seed": [], "numbers": "3 against 2"}
     summary = {"profile": "cut", "verdicts": [row]}
     table = store_outputs.verdict_table(summary).splitlines()
+    assert any("| SNR: 3 against 2 |" in line for line in table)
     words = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in table[2:]}
     assert words == {claim: "supported" if claim == "C2" else "not measured yet" for claim in store_outputs.CLAIMS}
     marks = [(store_outputs.MARKS[0].format(f"cut, {claim}"), store_outputs.MARKS[1]) for claim in ("C2", "C4")]

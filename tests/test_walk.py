@@ -47,7 +47,9 @@ ENDS = {
 
 @pytest.mark.parametrize(("code", "sentence"), ENDS.items(), ids=["killed", "too long", "an error", "nothing written"])
 def test_how_a_notebook_may_end(code, sentence, tmp_path):
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
     notebook.cells = [nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
     nbformat.write(notebook, tmp_path / "01_short.ipynb")
     (tmp_path / "out").mkdir()
