@@ -656,7 +656,11 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
         before = {name: answers.to(images.x_test.device) for name, answers in reference.arrays("answers").items()}
         intact = before["intact"]
         parameters, macs = sum(p.numel() for p in network.parameters()), _macs(network, images.x_test[:1])
-        rows = []
+        rows, into_classifier = [], None
+        if layers == "classifier":  # what comes before it is the same for all masks
+            places = taps.cct_taps(network, ["seqpool"])
+            batches = taps.activations(network, places, images.x_test, *images.statistics)
+            into_classifier = torch.cat([batch[places[0].name] for batch in batches])[:, 0]
         for method, draw, masks in _masks(run, network, sets, norms, seed, layers, threshold):
             pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
             row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
@@ -665,7 +669,11 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
             row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
             draws = min(s.prune_draws, len(images.y_test))
             part = slice(draw % draws, None, draws) if method in DRAWN else slice(None)
-            row |= {"images": len(intact[part])} | _loss("", intact[part], _right_answers(pruned, images, part))
+            if into_classifier is None:
+                right = _right_answers(pruned, images, part)
+            else:
+                right = pruned.classifier.fc(into_classifier[part]).argmax(dim=1) == images.y_test[part]
+            row |= {"images": len(right)} | _loss("", intact[part], right)
             retrained = None
             if again and draw == 0 and (first or method in MASKS):
                 retrained = _retrained(run, pruned, images, seed, folder / f"{method}.pt")

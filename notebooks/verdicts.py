@@ -237,11 +237,14 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
     """C4: some dilution of at least 50 % costs at most 0.5 points of accuracy (mean over seeds; 95 % bound at most
     1.0) and less than random and permuted masks of equal dilution, in every seed and by more than their errors. One row
     straight after pruning, one retrained (against the unpruned network retrained alike); both on the FF layers. Only
-    seeds in which all three kinds of masks were measured count."""
-    rows, table = [], table[table.layers == "ff"]
-    for prefix, when in (("", "straight after pruning"), ("retrained_", "after a short retraining")):
+    seeds in which all three kinds of masks were measured count. The classifier is stated beside them."""
+    rows, straight = [], ("", "straight after pruning")
+    cases = [("ff", *straight, "FF layers"), ("ff", "retrained_", "after a short retraining", "FF layers")]
+    cases += [("classifier", *straight, "classifier")] if "classifier" in table.layers.unique() else []
+    for layers, prefix, when, name in cases:
+        part_of_network, beside = table[table.layers == layers], layers != "ff"
         every = pd.MultiIndex.from_product([("dilution", "loss", "error"), MASKS])
-        found = _by_seed(table, prefix).unstack("method").reindex(columns=every).dropna()
+        found = _by_seed(part_of_network, prefix).unstack("method").reindex(columns=every).dropna()
         candidates = []
         for threshold, part in found.groupby(level="threshold"):
             loss, error, dilution = part.loss, part.error, part.dilution.andc.mean()
@@ -253,11 +256,11 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
             )
             met = bool(mean <= 0.005 and mean + bound <= 0.01 and wins)
             candidates.append((met, -mean, dilution, bound, loss, error.andc, threshold))
-        row = {"claim": "C4", "data": data, "statistic": f"accuracy lost {when} by ANDC of the FF layers"}
+        row = {"claim": "C4", "data": data, "statistic": f"accuracy lost {when} by ANDC of the {name}"}
         row |= {"numbers": ""}
         if not candidates:
             row |= {"effect": None, "uncertainty": None, "null": "equal dilution"}
-            row |= {"n": found.index.get_level_values("seed").nunique(), "by_seed": [], "beside": False, "notes": ""}
+            row |= {"n": found.index.get_level_values("seed").nunique(), "by_seed": [], "beside": beside, "notes": ""}
             why = "no dilution of 50 % or more" if len(found) else "no network was retrained with every kind of mask"
             rows.append({**row, "verdict": f"not tested ({why})"})
             continue
@@ -267,11 +270,12 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
         null = ", ".join(f"{name} masks lose {loss[name].mean():.4f}" for name in sorted(MASKS[1:]))
         row |= {"null": f"equal dilution: {null}", "n": len(loss), "verdict": _word(met, data, len(loss))}
         ends = [loss.andc, loss.andc - 1.96 * error, loss.andc + 1.96 * error]
-        usual = table[(table.threshold == threshold) & ~table.method.isin(MASKS)].dropna(subset=f"{prefix}loss")
+        usual = part_of_network[part_of_network.threshold == threshold].dropna(subset=f"{prefix}loss")
+        usual = usual[~usual.method.isin(MASKS)]
         lost = usual.groupby("method")[f"{prefix}loss"].mean().items()
         notes = ", ".join(f"{name} masks lose {value:.4f}" for name, value in lost)
         notes = f"usual criteria, which decide nothing here: {notes}" if notes else ""
-        rows.append(row | {"by_seed": np.stack(ends, axis=1).round(6).tolist(), "beside": False, "notes": notes})
+        rows.append(row | {"by_seed": np.stack(ends, axis=1).round(6).tolist(), "beside": beside, "notes": notes})
     return rows
 
 

@@ -1,5 +1,6 @@
 """The walk's own promises: which images decide what."""
 
+import copy
 from dataclasses import replace
 
 import pandas as pd
@@ -39,6 +40,21 @@ def test_no_test_image_decides_a_mask(run, tmp_path):
     assert len(before) == 5 * 8 and all(torch.equal(before[key], after[key]) for key in before)
     first, second = (stages.readout(r, 0, "trained").tensors("fields_test") for r in (run, other))
     assert not torch.equal(first["4.block"], second["4.block"])
+
+
+@pytest.mark.slow
+def test_a_pruned_classifier_is_scored_as_the_whole_network(run):
+    """What comes before the classifier is computed once for all masks."""
+    network, _ = stages.load_network(run, 0, "trained")
+    found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, "classifier").arrays("norms")
+    table = stages._pruning(run, 0, "classifier", 0.4).table("pruning").set_index(["method", "draw"])
+    draws = run.settings.prune_draws
+    assert table.accuracy.nunique() > 1
+    for method, draw, masks in stages._masks(run, network, *found, 0, "classifier", 0.4):
+        pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
+        part = slice(draw % draws, None, draws) if method in stages.DRAWN else slice(None)
+        right = stages._right_answers(pruned, run.images, part)
+        assert table.accuracy[method, draw] == pytest.approx(right.float().mean().item(), abs=1.1 / len(right))
 
 
 @pytest.mark.slow

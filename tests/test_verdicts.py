@@ -253,7 +253,11 @@ def test_pruning_rule(arguments, word):
 
 def test_the_classifier_does_not_decide_c4():
     table = pd.concat([pruning_table(3, 0.2, 0.3), pruning_table(3, 0.0, 0.3).assign(layers="classifier")])
-    assert verdicts.pruning(table, "cifar100")[0]["verdict"] == "not supported"
+    rows = verdicts.pruning(table, "cifar100")
+    assert [row["beside"] for row in rows] == [False, False, True]
+    assert rows[0]["verdict"] == "not supported" and rows[2]["verdict"] == "supported"
+    assert "of the classifier (dilution 0.60)" in rows[2]["statistic"]
+    assert verdicts.of_claim(rows) == "not supported"
 
 
 def test_largest_dilutions():
