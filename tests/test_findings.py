@@ -148,6 +148,31 @@ def test_pruned_readouts(run):
     )
 
 
+def test_pruned_networks(run):
+    seeds, wide = run.settings.seeds, ["andc", "random", "permuted", "magnitude"]
+
+    def means(layers, at, column, seeds=seeds):
+        table = pd.concat([stages._pruning(run, seed, layers, at).table("pruning") for seed in seeds])
+        by_seed = table.groupby(["method", "seed"])[["dilution", column]].mean().groupby("method").mean()
+        return by_seed.dilution.andc, *(100 * by_seed[column][wide])
+
+    dilution, *left = means("ff", 0.2, "accuracy")
+    text = (
+        "of {3:.0f} % at a dilution of {4:.2f}, random masks {0:.0f} %, permuted label sets {1:.0f} % and the largest"
+    )
+    states("C4", text + " weights {2:.0f} %", *left[1:], left[0], dilution)
+    states("C4", "dilution of {:.2f} they leave {:.0f}, {:.0f}, {:.0f} and {:.0f} %", *means("ff", 0.35, "accuracy"))
+    dilution, *lost = means("ff", 0.25, "retrained_loss", seeds[:1])
+    text = "loses {3:.1f} points at a dilution of {4:.2f}, random masks {0:.1f}, permuted label sets {1:.1f} and"
+    states("C4", text + " the largest weights {2:.1f}", *lost[1:], lost[0], dilution)
+    lost = means("ff", 0.3, "retrained_loss", seeds[:1])
+    states("C4", "at {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f}.", *lost)
+    dilution, *left = means("classifier", 0.2, "accuracy", seeds[:1])
+    whole = 100 * stages.unpruned(run, 0).arrays("answers")["intact"].float().mean()
+    states("C4", "a dilution of {:.2f} ANDC leaves {:.1f} of {:.1f} %", dilution, left[0], whole)
+    states("C4", "random masks {:.1f}, permuted label sets {:.1f} and the largest weights {:.1f} %", *left[1:])
+
+
 def test_pruned_filters(run, summary):
     table = pd.read_csv(run.figures / "cnn_accuracy_against_dilution.csv")
     means = table.groupby(["threshold", "method"])[["dilution", "accuracy", "retrained_loss"]].mean().unstack("method")
@@ -236,3 +261,6 @@ def test_in_short(run, summary, curves):
     assert lost.other_drop.mean() <= 0  # "the others none"
     sizes = pd.DataFrame(summary["02_snr_per_encoder"]["predictions"])
     says("missed by {:.0f} points", 100 * sizes.error_predicted.iloc[-1])
+    classifier = stages._pruning(run, 0, "classifier", 0.2).table("pruning").groupby("method").mean(numeric_only=True)
+    says("{:.0f} % of its weights for {:.0f} point", 100 * classifier.dilution.andc, 100 * classifier.loss.andc)
+    says("random masks {:.0f}", 100 * classifier.loss.random)
