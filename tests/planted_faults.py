@@ -3,7 +3,7 @@
 python tests/planted_faults.py [NUMBER ...]
 
 Each fault replaces one piece of code in a copy of the project and runs the test files named with it. Exit code 1 if a
-fault goes unnoticed. All of them take about 8 minutes.
+fault goes unnoticed. All of them take about 10 minutes.
 """
 
 import argparse
