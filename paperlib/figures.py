@@ -68,7 +68,7 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
     figure.legend(loc="outside right center", fontsize=8)
-    return _stamped(figure, f"{data}", data, curves)
+    return _stamped(figure, data, data, curves)
 
 
 @plt.rc_context(STYLE)
@@ -284,7 +284,7 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
     axes[1, 0].set(ylabel="accuracy lost (points)", ylim=(-1, max(5, 110 * highest)))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return _stamped(figure, f"{data}", data, table)
+    return _stamped(figure, data, data, table)
 
 
 @plt.rc_context(PLAIN)
@@ -406,7 +406,7 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     left.plot([], [], ":", color="black", label="97.5 % of dealt owners")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     right.set(xlabel="encoder", ylabel="lost without the head: own\nminus other labels (points)")
-    return _stamped(figure, f"{data}", data, encoders)
+    return _stamped(figure, data, data, encoders)
 
 
 def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour, x: str = "encoder") -> None:

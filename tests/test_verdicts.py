@@ -475,7 +475,8 @@ def halves(cnn_random=FLAT, certain=True):
     ids=["both", "the random twin grows more", "uncertain"],
 )
 def test_the_cnn_has_to_sharpen_as_surely_as_the_cct(case, word):
-    accuracy, snr = verdicts.unified(*halves(**case)[:2], "cifar100", L, halves()[2])
+    nodes, correct, penalties = halves(**case)
+    accuracy, snr = verdicts.unified(nodes, correct, "cifar100", L, penalties)
     assert accuracy["verdict"] == "supported" and snr["verdict"] == word
     assert snr["numbers"].startswith("CCT 2.00 to 4.00 ") and "; CNN 2.00 to 4.00 " in snr["numbers"]
 
