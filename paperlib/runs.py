@@ -185,7 +185,7 @@ class Run:
         sha256 = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
         seconds = round(time.monotonic() - start, 2)
         record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "peak_gb": _peak_gb()}
-        record["revision"] = revision()
+        record |= {"revision": revision(), "environment": environment()}
         record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
         for checkpoint in folder.glob("*.pt"):  # only now is nothing lost without them
