@@ -67,7 +67,7 @@ def main() -> None:
     def show(threshold, method, removed, pruned):
         accuracy = training.accuracy(pruned, images)
         size = sum(p.numel() for p in pruned.parameters())
-        macs = stages._macs(pruned, images.x_test[:1])
+        macs = stages.multiply_adds(pruned, images.x_test[:1])
         cells = [threshold, method, removed, f"{size:,}", f"{macs:,}", f"{accuracy:.2%}"]
         print(f"| {' | '.join(str(cell) for cell in cells)} | {latency(pruned, batch):.0f} |", flush=True)
 

@@ -84,7 +84,7 @@ def test_what_pruning_measures(cuda):
     intact = torch.empty(8, dtype=torch.bool, device=cuda)
     for pruned in (intact, None):
         with pytest.raises(DataDependentOutputException):
-            stages._loss("", intact, pruned)  # gets as far as reading the first number
+            stages.pruned._loss("", intact, pruned)  # gets as far as reading the first number
 
 
 def test_measuring(cuda):

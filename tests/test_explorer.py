@@ -8,6 +8,8 @@ import stages
 import torch
 from PIL import Image as Picture
 
+from paperlib import snp, taps
+
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "limit": 300, "permutations": 20, "taps": ["attn", "block"]}
 
 
@@ -28,9 +30,9 @@ def pixels(png: bytes, tmp_path):
 def test_driving_images_are_those_with_the_largest_field(run):
     drivers = stages.driving_images(run, 0).arrays("images")
     network, _ = stages.load_network(run, 0, "trained")
-    tap = next(place for place in stages.taps.cct_taps(network, ["block"]) if place.encoder == 2)
+    tap = next(place for place in taps.cct_taps(network, ["block"]) if place.encoder == 2)
     weight = stages.readout(run, 0, "trained").tensors("weights")[tap.name]
-    batches = stages.taps.activations(network, [tap], run.images.x_test, *run.images.statistics)
+    batches = taps.activations(network, [tap], run.images.x_test, *run.images.statistics)
     x = torch.cat([batch[tap.name] for batch in batches])
     field = torch.einsum("nt,lt->nl", x[:, :, 5], weight[:, :, 5]).amax(dim=1)
     assert drivers[tap.name].shape == (weight.shape[2], 4)
@@ -57,7 +59,7 @@ def test_widgets_follow_the_choice(run, tmp_path, monkeypatch):
         assert picture.value != seen[-1] and text.value != before
         seen.append(picture.value)
     fields = stages.readout(run, 0, "trained").tensors("fields_test")["1.attn"]
-    own = stages.snp.node_statistics(stages.snp.boolean_matrices(fields[[node.value]], 0.6))
+    own = snp.node_statistics(snp.boolean_matrices(fields[[node.value]], 0.6))
     assert f"Node {node.value}: {own.labels.item()} labels in {own.clusters.item()} clusters" in text.value
     controls, picture = explorer.heads(run).children
     encoder, head = controls.children

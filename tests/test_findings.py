@@ -152,7 +152,7 @@ def test_pruned_networks(run):
     seeds, wide = run.settings.seeds, ["andc", "random", "permuted", "magnitude"]
 
     def means(layers, at, column, seeds=seeds):
-        table = pd.concat([stages._pruning(run, seed, layers, at).table("pruning") for seed in seeds])
+        table = pd.concat([stages.pruned._pruning(run, seed, layers, at).table("pruning") for seed in seeds])
         by_seed = table.groupby(["method", "seed"])[["dilution", column]].mean().groupby("method").mean()
         return by_seed.dilution.andc, *(100 * by_seed[column][wide])
 
@@ -261,6 +261,8 @@ def test_in_short(run, summary, curves):
     assert lost.other_drop.mean() <= 0  # "the others none"
     sizes = pd.DataFrame(summary["02_snr_per_encoder"]["predictions"])
     says("missed by {:.0f} points", 100 * sizes.error_predicted.iloc[-1])
-    classifier = stages._pruning(run, 0, "classifier", 0.2).table("pruning").groupby("method").mean(numeric_only=True)
+    classifier = (
+        stages.pruned._pruning(run, 0, "classifier", 0.2).table("pruning").groupby("method").mean(numeric_only=True)
+    )
     says("{:.0f} % of its weights for {:.0f} point", 100 * classifier.dilution.andc, 100 * classifier.loss.andc)
     says("random masks {:.0f}", 100 * classifier.loss.random)

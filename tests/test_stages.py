@@ -10,7 +10,7 @@ import stages
 import torch
 
 from paperlib import andc, data, figures, readouts, snp
-from paperlib.taps import cct_taps
+from paperlib.taps import Tap, activations, cct_taps
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
 
@@ -26,7 +26,7 @@ def masks_of(run, layers="ff"):
     found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, layers).arrays("norms")
     return {
         (method, draw, name): mask
-        for method, draw, masks in stages._masks(run, network, *found, 0, layers, 0.4)
+        for method, draw, masks in stages.pruned._masks(run, network, *found, 0, layers, 0.4)
         for name, mask in masks.items()
     }
 
@@ -47,13 +47,13 @@ def test_a_pruned_classifier_is_scored_as_the_whole_network(run):
     """What comes before the classifier is computed once for all masks."""
     network, _ = stages.load_network(run, 0, "trained")
     found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, "classifier").arrays("norms")
-    table = stages._pruning(run, 0, "classifier", 0.4).table("pruning").set_index(["method", "draw"])
+    table = stages.pruned._pruning(run, 0, "classifier", 0.4).table("pruning").set_index(["method", "draw"])
     draws = run.settings.prune_draws
     assert table.accuracy.nunique() > 1
-    for method, draw, masks in stages._masks(run, network, *found, 0, "classifier", 0.4):
+    for method, draw, masks in stages.pruned._masks(run, network, *found, 0, "classifier", 0.4):
         pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
         part = slice(draw % draws, None, draws) if method in stages.DRAWN else slice(None)
-        right = stages._right_answers(pruned, run.images, part)
+        right = stages.networks.right_answers(pruned, run.images, part)
         assert table.accuracy[method, draw] == pytest.approx(right.float().mean().item(), abs=1.1 / len(right))
 
 
@@ -102,15 +102,38 @@ def test_controls_of_filters(run):
     network, _ = stages.load_network(half, 0, "trained")
     masks = andc.random_masks({"features.4": torch.arange(network.features[4].weight[:, :, 0, 0].numel()).view(
         network.features[4].weight.shape[:2]) % 3 > 0}, torch.Generator().manual_seed(1))  # fmt: skip
-    drawn = stages._same_signs(masks, network, torch.Generator().manual_seed(0))
+    drawn = stages.pruned._same_signs(masks, network, torch.Generator().manual_seed(0))
     negative = network.features[4].weight.sum(dim=(2, 3)) < 0
     for sign in (negative, ~negative):
         assert drawn["features.4"][sign].sum() == masks["features.4"][sign].sum() > 0
     assert not torch.equal(drawn["features.4"], masks["features.4"])
-    stages._refresh(network, run.images.x_train[:500], run.images)
+    stages.pruned._refresh(network, run.images.x_train[:500], run.images)
     first = network.features[0](data.normalise(run.images.x_train[:500], *run.images.statistics))
     torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert not network.training
+
+
+@pytest.mark.slow
+def test_biases_make_up_for_the_means_of_what_is_removed(run):
+    """The first layer that is pruned hears what it heard before, so that its mean answer must be the unpruned one."""
+    table = stages.why_ff(run)
+    assert len(table) == 3 * len(run.settings.prune_thresholds[:3])
+    assert table.groupby("threshold").dilution.apply(lambda part: part.max() - part.min() < 0.05).all()
+    network, _ = stages.load_network(run, 0, "trained")
+    x, name = run.images.x_train[:500], "classifier.blocks.0.linear1"
+    weight = network.get_submodule(name).weight
+    masks = {name: (torch.arange(weight.numel()) % 3 == 0).view(weight.shape)}
+    means = andc.input_means(network, masks, x, *run.images.statistics)
+    pruned = andc.apply_masks(copy.deepcopy(network), masks)
+    answers = {}
+    for what in ("whole", "pruned", "mended"):
+        if what == "mended":
+            stages.pruned._keep_means(pruned, network, masks, means)
+        places = [Tap(1, "ff1", name)]
+        batches = activations(network if what == "whole" else pruned, places, x, *run.images.statistics)
+        answers[what] = torch.cat([batch["1.ff1"] for batch in batches]).mean(dim=(0, 1))
+    torch.testing.assert_close(answers["mended"], answers["whole"], rtol=1e-3, atol=1e-4)
+    assert (answers["pruned"] - answers["whole"]).abs().max() > 0.01
 
 
 def test_owners_of_superclasses_find_planted_ones(run):
@@ -175,9 +198,9 @@ def test_difference_of_maps_finds_a_head_that_looks_elsewhere_for_its_own_labels
     y, owner = torch.arange(40) % 4, torch.tensor([0, 0, 1, 1])
     received = torch.full((40, 3, 5), 0.2)
     received[y < 2, 0] = torch.tensor([1.0, 0, 0, 0, 0])
-    found = stages._difference(received, y, owner)
+    found = stages.division._difference(received, y, owner)
     torch.testing.assert_close(found, torch.tensor([0.8, 0.0, torch.nan]), equal_nan=True)
-    assert stages._difference(received, y, torch.tensor([0, 1, 0, 1]))[0] < 1e-6
+    assert stages.division._difference(received, y, torch.tensor([0, 1, 0, 1]))[0] < 1e-6
 
 
 @pytest.mark.slow

@@ -1,0 +1,325 @@
+"""Stages of a walk that look at how attention heads divide the labels among themselves."""
+
+import itertools
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from verdicts import interval
+
+from paperlib import figures, heads, macroscopic, snp, taps, training
+from paperlib.data import Images, limit, normalise
+from paperlib.runs import Artefact, Run, save_table
+from stages.networks import NETWORKS, learning_curves, load_network, right_answers
+from stages.nodes import SUBSETS, matrices, readout, subset_accuracies, superclasses
+
+HEAD_COLUMNS = [
+    "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
+    "gap_null_high", "gap_same_images", "first_mean_gap",
+]  # fmt: skip
+
+
+def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Stage for every network: (label x head counts, specialisation and ablation per encoder, their means over them).
+
+    First table: seed, network, encoder, label, head, count, owner (bool), alone_accuracy (of the head alone on that
+    label, 0..1); trained network only: ablation_drop (of the network's own accuracy on that label), owner_unseen (owner
+    by held-out training images, so that what the test images score is not chosen on them). Second: seed, network,
+    encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised, tied
+    (labels), median_margin (nodes), own_drop, other_drop, gap (own - other, owners by held-out images; see
+    `heads.own_label_drops`), gap_same_images (owners by the test images), first_mean_gap (first seed only: with the
+    head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with owners dealt to other labels).
+    Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and over test images;
+    gap_null_high of the mean over encoders.
+    """
+    both = [_heads(run, seed, kind) for seed in run.settings.seeds for kind in NETWORKS]
+    tables = ("labels", "encoders", "overall")
+    return tuple(pd.concat([one.table(name) for one in both], ignore_index=True) for name in tables)
+
+
+def head_counts(run: Run, encoder: int) -> pd.DataFrame:
+    """Nodes of each head that recognise each label, first seed, and the same nodes dealt to the heads at random once:
+    nodes (of heads, dealt), head, label, count."""
+    seed = run.settings.seeds[0]
+    network, _ = load_network(run, seed, "trained")
+    booleans = matrices(run, seed, "trained").arrays("matrices")[f"{encoder}.attn"]
+    order = torch.randperm(len(booleans), generator=training.generator(seed, "dealt nodes", encoder))
+    parts = []
+    for nodes, dealt in (("of heads", booleans), ("dealt", booleans[order])):
+        counts = heads.cooperation_counts(dealt, network.classifier.blocks[0].self_attn.heads)
+        part = pd.DataFrame(counts.numpy()).rename_axis("head").reset_index()
+        parts.append(part.melt("head", var_name="label", value_name="count").assign(nodes=nodes))
+    return pd.concat(parts, ignore_index=True)[["nodes", "head", "label", "count"]]
+
+
+def head_clusters(run: Run) -> pd.DataFrame:
+    """Heads as if each were one node: labels, clusters and noise of the matrix of a head with all others silenced, one
+    row per network, encoder and head; first seed, as heads have no order to average over."""
+    both = [_heads(run, run.settings.seeds[0], kind).table("heads") for kind in NETWORKS]
+    return pd.concat(both).drop(columns="seed").set_index(["network", "encoder", "head"])
+
+
+def summary_of_heads(encoders: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, one row per network and encoder."""
+    return encoders.groupby(["network", "encoder"])[HEAD_COLUMNS].mean().round(4)
+
+
+def _heads(run: Run, seed: int, kind: str) -> Artefact:
+    right, source, first = readout(run, seed, kind), matrices(run, seed, kind), seed == run.settings.seeds[0]
+    network, inputs = load_network(run, seed, kind)
+    inputs |= {"answers": right.sha256, "matrices": source.sha256}
+
+    def make(folder: Path) -> None:
+        s, labels = run.settings, run.images.y_test
+        num_heads = network.classifier.blocks[0].self_attn.heads
+        found, correct, fields = source.arrays("matrices"), right.arrays("correct"), right.tensors("fields_test")
+        intact = ablated = averaged = held = None
+        if kind == "trained":
+            held = right.tensors("fields_held_out")
+            images = run.images.to(training.best_device())
+            intact, ablated = right_answers(network, images).cpu(), _ablations(network, images).cpu()
+            if first:
+                averaged = _ablations(network, images, _means(network, images)).cpu()
+        label_rows, head_rows, encoder_rows, nulls, gaps, dealt = [], [], [], [], [], []
+        for encoder in range(1, len(network.classifier.blocks) + 1):
+            tap = f"{encoder}.attn"
+            booleans = found[tap]
+            counts = heads.cooperation_counts(booleans, num_heads)
+            owned = heads.assign_labels(counts)
+            generator = training.generator(seed, "head permutations", encoder)
+            null = heads.permutation_null(snp.diagonal_labels(booleans), num_heads, s.permutations, generator)
+            nulls.append(null)
+            low, high = interval(null)
+            value = heads.specialisation(counts).item()
+            row = {"seed": seed, "network": kind, "encoder": encoder}
+            mean, spread = null.mean().item(), max(null.std().item(), 1e-12)
+            summary = {"specialisation": value, "null_mean": mean, "null_low": low, "null_high": high}
+            summary |= {"excess": value - mean, "z": (value - mean) / spread}
+            summary |= {"unrecognised": int((owned.owner < 0).sum()), "tied": int(owned.tied.sum())}
+            summary["median_margin"] = owned.margin.float().median().item()
+            alone = _by_label(correct[f"heads/{tap}"].float(), labels, len(counts[0]))
+            drop = owner = None
+            if ablated is not None:
+                unseen = snp.boolean_matrices(held[tap], s.threshold)
+                owner = heads.assign_labels(heads.cooperation_counts(unseen, num_heads)).owner
+                summary["gap_same_images"] = _gap(intact, ablated[encoder - 1], labels, owned.owner)
+                drop, own = heads.ablation_drops(intact, ablated[encoder - 1], labels, owner)
+                # The same test images are drawn for every encoder, so that draws can be averaged over encoders.
+                mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
+                summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
+                gaps.append(draws)
+                generator = training.generator(seed, "dealt owners", encoder)
+                dealt.append(heads.dealt_gaps(drop, labels, owner, s.permutations, generator))
+                summary["gap_null_high"] = interval(dealt[-1])[1]
+                summary["first_mean_gap"] = math.nan
+                if averaged is not None:
+                    summary["first_mean_gap"] = _gap(intact, averaged[encoder - 1], labels, owner)
+                drop = _by_label(drop.float().T, labels, len(counts[0]))
+            for head in range(num_heads):
+                columns = {"label": range(len(counts[0])), "head": head, "count": counts[head].tolist()}
+                columns |= {"owner": (owned.owner == head).tolist(), "alone_accuracy": alone[:, head].tolist()}
+                columns["ablation_drop"] = None if drop is None else drop[:, head].tolist()
+                columns["owner_unseen"] = None if owner is None else (owner == head).tolist()
+                label_rows.append(pd.DataFrame({**row, **columns}))
+            encoder_rows.append(row | summary)
+            whole = snp.boolean_matrices(heads.head_matrices(fields[tap], num_heads), s.threshold)
+            columns = {name: values.tolist() for name, values in asdict(snp.node_statistics(whole)).items()}
+            head_rows.append(pd.DataFrame({**row, "head": range(num_heads), **columns}))
+        save_table(folder / "labels.csv", pd.concat(label_rows))
+        save_table(folder / "heads.csv", pd.concat(head_rows))
+        save_table(folder / "encoders.csv", encoder_rows)
+        mean = pd.DataFrame(encoder_rows).mean(numeric_only=True)
+        low, high = interval(torch.stack(nulls).mean(dim=0))
+        overall = {"seed": seed, "network": kind, "excess": mean.excess}
+        overall |= {"excess_low": mean.specialisation - high, "excess_high": mean.specialisation - low}
+        if gaps:
+            low, high = interval(torch.stack(gaps).mean(dim=0))
+            overall |= {"gap": mean.gap, "gap_low": low, "gap_high": high}
+            overall["gap_null_high"] = interval(torch.stack(dealt).mean(dim=0))[1]
+        save_table(folder / "overall.csv", [overall])
+
+    config = run.config("threshold", "permutations") | {"seed": seed, "first": first}
+    return run.stage(f"heads-{kind}-seed{seed}", 6, config, inputs, make)
+
+
+def _gap(intact: Tensor, ablated: Tensor, labels: Tensor, owner: Tensor) -> float:
+    """Accuracy lost on own labels less that on others, without its interval (see `heads.own_label_drops`)."""
+    drop, own = heads.ablation_drops(intact, ablated, labels, owner)
+    mine, other, _ = heads.own_label_drops(drop, own, training.generator(0), draws=1)
+    return mine - other
+
+
+def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:
+    """Right answers on the test images with each head silent, or at its mean: (encoders, H, n)."""
+    batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+    answers = [heads.ablation_logits(network, batch, means).argmax(dim=3) for batch in batches]
+    return torch.cat(answers, dim=2) == images.y_test
+
+
+def _means(network: nn.Module, images: Images) -> list[Tensor]:
+    """Mean of every encoder's concatenated heads (T, D) over the first 2,048 training images."""
+    places, sample = taps.cct_taps(network, ["attn"]), images.x_train[:2048]
+    batches = taps.activations(network, places, sample, *images.statistics)
+    sums = [[batch[place.name].sum(dim=0) for place in places] for batch in batches]
+    return [sum(parts) / len(sample) for parts in zip(*sums, strict=True)]
+
+
+def cooperation(run: Run) -> pd.DataFrame:
+    """Stage for every seed: accuracy of random subsets of `attn` nodes, taken within one head or across heads.
+
+    seed, encoder, size (nodes), nodes (`head` or `across`), head (-1 across), draw, accuracy on the test images (0..1),
+    singles (what the accuracies of the single nodes would give if they added up: 1/L + sum of (accuracy - 1/L)).
+    """
+    return pd.concat([_cooperation(run, seed).table("cooperation") for seed in run.settings.seeds], ignore_index=True)
+
+
+def _cooperation(run: Run, seed: int) -> Artefact:
+    source = readout(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        places, chance, rows = taps.cct_taps(network, ["attn"]), 1 / len(images.classes), []
+        read = source.tensors("weights")
+        weights = {place.name: read[place.name].to(images.x_test.device) for place in places}
+        described, subsets = {}, {}
+        for place in places:
+            nodes, width = weights[place.name].shape[2], weights[place.name].shape[2] // place.heads
+            sizes = sorted({*(2**power for power in range(12) if 2**power < width), width})
+            generator = training.generator(seed, "cooperation", place.name)
+            described[place.name], chosen = [], [torch.eye(nodes, dtype=torch.bool)]
+            for head in range(-1, place.heads):
+                draws = SUBSETS if head < 0 else -(-SUBSETS // place.heads)
+                within = macroscopic.random_subsets(nodes if head < 0 else width, sizes, draws, generator)
+                some = torch.zeros(len(within), nodes, dtype=torch.bool)
+                some[:, slice(None) if head < 0 else slice(head * width, (head + 1) * width)] = within
+                chosen.append(some)
+                described[place.name] += [(head, size, draw) for size in sizes for draw in range(draws)]
+            subsets[place.name] = torch.cat(chosen).to(images.x_test.device)
+        found = subset_accuracies(network, places, images.x_test, images.y_test, images, weights, subsets)
+        for place in places:
+            nodes, accuracies = weights[place.name].shape[2], found[place.name]
+            alone = accuracies[:nodes] - chance
+            for (head, size, draw), subset, accuracy in zip(
+                described[place.name], subsets[place.name][nodes:].cpu(), accuracies[nodes:], strict=True
+            ):
+                row = {"seed": seed, "encoder": place.encoder, "size": size, "head": head, "draw": draw}
+                row |= {"nodes": "across" if head < 0 else "head", "accuracy": accuracy.item()}
+                rows.append(row | {"singles": chance + alone[subset].sum().item()})
+        save_table(folder / "cooperation.csv", rows)
+
+    config = {"seed": seed, "subsets": SUBSETS}
+    return run.stage(f"cooperation-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+
+
+def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
+    """Is the division of labels the same for every seed? One row per encoder and pair of seeds: share of labels that
+    the best matching of heads gives to the same head, and its mean and 97.5 % over dealt labels; empty for one seed."""
+    rows, seeds = [], run.settings.seeds
+    owned = labels[labels.owner & (labels.network == "trained")]
+    for encoder, part in owned.groupby("encoder"):
+        owners = part.pivot(index="seed", columns="label", values="head").reindex(
+            columns=range(len(run.images.classes))
+        )
+        for first, second in itertools.combinations(seeds, 2):
+            a, b = (torch.tensor(owners.loc[seed].fillna(-1).to_numpy()).long() for seed in (first, second))
+            generator = training.generator(first, "matched heads", second, encoder)
+            overlap, dealt = heads.matched_overlap(a, b, run.settings.permutations, generator)
+            row = {"encoder": encoder, "seeds": f"{first}-{second}", "overlap": overlap}
+            rows.append(row | {"chance": dealt.mean().item(), "chance_high": interval(dealt)[1]})
+    return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
+
+
+def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
+    """Which labels go to one head? Share of the pairs of labels of one superclass that have the same owner, with its
+    mean and 97.5 % quantile over dealt labels; one row per seed and encoder, none for labels without superclasses."""
+    groups, rows = superclasses(run.images.classes), []
+    owned = labels[labels.owner & (labels.network == "trained")]
+    for (seed, encoder), part in owned.groupby(["seed", "encoder"]) if groups is not None else ():
+        owner = _owners(part, len(groups))
+        same = (groups[:, None] == groups).triu(1)
+        generator = training.generator(seed, "dealt superclasses", encoder)
+        order = [torch.randperm(len(groups), generator=generator) for _ in range(run.settings.permutations)]
+        found, *dealt = (
+            ((dealing[:, None] == dealing) & (dealing >= 0))[same].float().mean().item()
+            for dealing in (owner, *(owner[permutation] for permutation in order))
+        )
+        row = {"seed": seed, "encoder": encoder, "same_owner": found, "dealt": sum(dealt) / len(dealt)}
+        rows.append(row | {"dealt_high": interval(dealt)[1]})
+    return pd.DataFrame(rows, columns=["seed", "encoder", "same_owner", "dealt", "dealt_high"])
+
+
+def _owners(owned: pd.DataFrame, num_labels: int) -> Tensor:
+    """The head of each label's row (L,); -1 for labels without one."""
+    owner = torch.full((num_labels,), -1)
+    owner[torch.tensor(owned.label.to_numpy())] = torch.tensor(owned["head"].to_numpy())
+    return owner
+
+
+def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
+    """What each head of the first and last encoder attends to: attention received by each token, averaged over 1,000
+    test images (2 a label, if more) of the head's own labels and over the others; first seed. A figure, the numbers
+    behind it, and how far the two maps of a head differ (see `_difference`), beside what the other heads' maps differ
+    on the same images (own labels may look alike to every head), and mean and 97.5 % quantile over owners dealt at
+    random."""
+    seed = run.settings.seeds[0]
+    network, _ = load_network(run, seed, "trained")
+    images = limit(run.images, max(1000, 2 * len(run.images.classes))).to(training.best_device())
+    trained = labels[(labels.network == "trained") & (labels.seed == seed)]
+    own = trained[trained.owner_unseen.astype(bool)]
+    rows, differences = [], []
+    for encoder in sorted({1, len(network.classifier.blocks)}):
+        owner = _owners(own[own.encoder == encoder], len(images.classes))
+        batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+        received = torch.cat([heads.attention_received(network, batch, encoder) for batch in batches]).cpu()
+        for head in range(received.shape[1]):
+            mine = owner[images.y_test.cpu()] == head
+            for which, chosen in (("own", mine), ("other", ~mine)):
+                for token, value in enumerate(received[chosen, head].mean(dim=0).tolist() if chosen.any() else []):
+                    rows.append({"encoder": encoder, "head": head, "labels": which, "token": token, "attention": value})
+        y, generator = images.y_test.cpu(), training.generator(seed, "dealt attention", encoder)
+        found, count = _difference(received, y, owner), received.shape[1]
+        others = [_difference(received.roll(step, dims=1), y, owner) for step in range(1, count)]
+        others = torch.stack(others).mean(dim=0) if others else torch.full((count,), torch.nan)
+        order = [torch.randperm(len(owner), generator=generator) for _ in range(run.settings.permutations)]
+        dealt = torch.stack([_difference(received, y, owner[part]) for part in order])
+        for head, value in enumerate(found.tolist()):
+            row = {"encoder": encoder, "head": head, "labels": int((owner == head).sum()), "difference": value}
+            row["other_heads"] = others[head].item()
+            differences.append(row | {"dealt": dealt[:, head].mean().item(), "dealt_high": interval(dealt[:, head])[1]})
+    table, differences = pd.DataFrame(rows), pd.DataFrame(differences).set_index(["encoder", "head"])
+    return figures.attention_maps(table, run.images.name, f"seed {seed}"), table, differences.round(4)
+
+
+def _difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
+    """Half the summed difference between a head's mean map over images of its own labels and over the others, 0 for
+    equal to 1 for disjoint maps: (n, H, T), labels (n,), owners (L,) -> (H,); nan for a head that owns none or all."""
+    own = owner[y][:, None] == torch.arange(received.shape[1])  # (n, H)
+    sums = torch.einsum("nh,nht->ht", own.to(received), received)
+    count = own.sum(dim=0)[:, None]
+    return (sums / count - (received.sum(dim=0) - sums) / (len(y) - count)).abs().sum(dim=1) / 2
+
+
+def more_heads(run: Run) -> pd.DataFrame:
+    """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
+    gap, test_accuracy."""
+    rows = []
+    for count in run.settings.many_heads:
+        other = replace(
+            run,
+            settings=run.settings.model_copy(update={"heads": count, "taps_once": [], "weights": "trained"}),
+            prefix=f"{count}-heads-",
+        )
+        _, _, overall = head_division(other)
+        accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
+        rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))
+    return pd.concat(rows) if rows else pd.DataFrame()
+
+
+def _by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """Mean of each column over each label's images: (n, H), (n,) -> (L, H)."""
+    return snp.class_means(values[:, None, :], labels, num_labels)[:, 0]

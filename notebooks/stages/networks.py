@@ -1,0 +1,92 @@
+"""Stages of a walk that make its networks: trained, or committed; and the same with random weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from parameters import check_data, check_references, reference_name
+from torch import Tensor, nn
+
+from paperlib import distributed, models, training
+from paperlib.data import Images
+from paperlib.models import reference
+from paperlib.runs import Artefact, Run, save_table, save_tensors, write_text
+
+NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+# Settings that decide an artefact, and so are part of its key
+ARCHITECTURE = (
+    "data", "image_size", "limit", "model", "heads", "positional_embedding", "attention_dropout", "stochastic_depth",
+)  # fmt: skip
+TRAINING = tuple(training.Recipe.__dataclass_fields__)
+
+
+def recipe(run: Run) -> training.Recipe:
+    return training.Recipe(**run.config(*TRAINING))
+
+
+def build_network(run: Run, seed: int) -> nn.Module:
+    """The run's network with weights freshly drawn from the seed, on the best device."""
+    s = run.settings
+    with training.seeded(seed, "weights"):
+        options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
+        network = models.build(s.model, len(run.images.classes), heads=s.heads or None, **options)
+    return network.to(training.best_device(), memory_format=torch.channels_last)
+
+
+def cnn_half(run: Run) -> Run:
+    """The same walk with the CNN in the CCT's place; ValueError if committed networks do not fit it."""
+    s = run.settings
+    changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
+    changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_once": []}
+    half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
+    if s.weights == "reference":
+        check_references(half.settings)
+        check_data(half.settings, reference.card(reference_name(s, s.seeds[0]))["data_sha256"])  # the CCTs' is checked
+    return half
+
+
+def train(run: Run, seed: int) -> Artefact:
+    """Stage: the network of a seed trained here (weights.safetensors), its learning curve (curve.csv) and how long its
+    epochs took (seconds.json)."""
+
+    def make(folder: Path) -> None:
+        distributed.broadcast(True)  # tells other ranks, where there are any, to train along
+        network = build_network(run, seed)
+        images = run.images.to(training.best_device())
+        curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)
+        save_tensors(folder / "weights.safetensors", network.state_dict())
+        write_text(folder / "seconds.json", json.dumps([row.pop("seconds") for row in curve]))
+        save_table(folder / "curve.csv", [{"seed": seed, **row} for row in curve])
+
+    config = run.config(*ARCHITECTURE, *TRAINING) | {"seed": seed}
+    return run.stage(f"train-seed{seed}", 1, config, {"data": run.data_sha256}, make)
+
+
+def learning_curves(run: Run) -> pd.DataFrame:
+    """seed, epoch, lr, loss, test_accuracy (0..1): one row per epoch of every trained network."""
+    if run.settings.weights == "reference":
+        cards = [reference.card(reference_name(run.settings, seed)) for seed in run.settings.seeds]
+        return pd.concat([pd.DataFrame(card["curve"]) for card in cards], ignore_index=True)
+    return pd.concat([train(run, seed).table("curve") for seed in run.settings.seeds], ignore_index=True)
+
+
+def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, str]]:
+    """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
+    network = build_network(run, seed)
+    inputs = {"data": run.data_sha256}
+    if kind != "random" and run.settings.weights == "reference":
+        name = reference_name(run.settings, seed)
+        network.load_state_dict(models.load_reference(name).state_dict())
+        inputs["network"] = reference.sha256(name)
+    elif kind != "random":
+        artefact = train(run, seed)
+        network.load_state_dict(artefact.tensors("weights"))
+        inputs["network"] = artefact.sha256
+    return network.eval().requires_grad_(False), inputs
+
+
+def right_answers(network: nn.Module, images: Images, part: slice = slice(None)) -> Tensor:
+    logits = training.predict(network, images.x_test[part], *images.statistics)
+    return logits.argmax(dim=1) == images.y_test[part]
