@@ -240,7 +240,9 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
     seeds in which all three kinds of masks were measured count. The classifier is stated beside them."""
     rows, straight = [], ("", "straight after pruning")
     cases = [("ff", *straight, "FF layers"), ("ff", "retrained_", "after a short retraining", "FF layers")]
-    cases += [("classifier", *straight, "classifier")] if "classifier" in table.layers.unique() else []
+    if "classifier" in table.layers.unique():
+        alone = ("retrained_", "after a training of it alone")
+        cases += [("classifier", *when, "classifier") for when in (straight, alone)]
     for layers, prefix, when, name in cases:
         part_of_network, beside = table[table.layers == layers], layers != "ff"
         every = pd.MultiIndex.from_product([("dilution", "loss", "error"), MASKS])

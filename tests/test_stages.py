@@ -55,6 +55,24 @@ def test_a_pruned_classifier_is_scored_as_the_whole_network(run):
         part = slice(draw % draws, None, draws) if method in stages.DRAWN else slice(None)
         right = stages.networks.right_answers(pruned, run.images, part)
         assert table.accuracy[method, draw] == pytest.approx(right.float().mean().item(), abs=1.1 / len(right))
+    assert (table.retrained_accuracy.notna() == (table.index.get_level_values("draw") == 0)).all()
+
+
+def test_a_classifier_that_is_trained_alone_keeps_its_mask(run):
+    """Input k says label k and nothing else, so that only labels whose connections stay can be learned."""
+    labels = torch.arange(4).repeat(500)
+    images = replace(run.images, y_train=labels, y_test=labels[:100], x_test=run.images.x_test[:100])
+    inputs = torch.nn.functional.one_hot(labels).float()
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[:, 3] = mask[3, :3] = False  # nothing tells label 3
+    andc.apply_masks(network, {"0": mask})
+    into = {"train": inputs, "test": inputs[:100]}
+    with torch.no_grad():
+        network[0].weight_orig.zero_()
+    right = stages.pruned._retrained_classifier(run, network[0], into, images, 0)
+    assert right[labels[:100] < 3].all()
+    assert not network[0].weight[~mask].any() and network[0].weight[mask].all()
 
 
 @pytest.mark.slow

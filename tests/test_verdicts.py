@@ -254,9 +254,10 @@ def test_pruning_rule(arguments, word):
 def test_the_classifier_does_not_decide_c4():
     table = pd.concat([pruning_table(3, 0.2, 0.3), pruning_table(3, 0.0, 0.3).assign(layers="classifier")])
     rows = verdicts.pruning(table, "cifar100")
-    assert [row["beside"] for row in rows] == [False, False, True]
+    assert [row["beside"] for row in rows] == [False, False, True, True]
     assert rows[0]["verdict"] == "not supported" and rows[2]["verdict"] == "supported"
     assert "of the classifier (dilution 0.60)" in rows[2]["statistic"]
+    assert rows[3]["statistic"].startswith("accuracy lost after a training of it alone by ANDC of the classifier")
     assert verdicts.of_claim(rows) == "not supported"
 
 

@@ -16,7 +16,7 @@ from verdicts import MASKS
 
 from paperlib import andc, macroscopic, snp, taps, training
 from paperlib.data import Images, held_out, normalise
-from paperlib.runs import Artefact, Run, save_arrays, save_table
+from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
 from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, right_answers
 from stages.nodes import encoder_of, labelled_batches, pruned_layers, readout
 
@@ -30,9 +30,9 @@ def pruning(run: Run) -> pd.DataFrame:
     seed, layers (ff; attention, classifier; a CNN's filters), method (andc, permuted, random, magnitude, activation),
     threshold, draw, images (that scored it; draws of one control share the test images out among themselves), dilution,
     removable (ff1 nodes without connections), parameters and macs (of the whole network, without the zeros), accuracy,
-    loss (of accuracy, against the unpruned network), loss_se (its standard error over
-    test images), retrained_accuracy, retrained_loss, retrained_loss_se (against the unpruned network retrained alike;
-    nan where not retrained); accuracies in 0..1.
+    loss (of accuracy, against the unpruned network), loss_se (its standard error over test images), retrained_accuracy,
+    retrained_loss, retrained_loss_se (against the unpruned network retrained alike; nan where not retrained; a pruned
+    classifier is retrained alone); accuracies in 0..1.
     """
     seeds, thresholds = run.settings.seeds, run.settings.prune_thresholds
     parts = [
@@ -110,23 +110,56 @@ def _retrained(run: Run, network: nn.Module, images: Images, seed: int, checkpoi
     return right_answers(network, images)
 
 
+def classifier_inputs(run: Run, seed: int) -> Artefact:
+    """Stage: what goes into the classifier. inputs: train (n_train, D), test (n_test, D)."""
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        (place,), found = taps.cct_taps(network, ["seqpool"]), {}
+        for part, x in (("train", images.x_train), ("test", images.x_test)):
+            batches = taps.activations(network, [place], x, *images.statistics)
+            found[part] = torch.cat([batch[place.name][:, 0] for batch in batches])
+        save_tensors(folder / "inputs.safetensors", found)
+
+    return run.stage(f"classifier-inputs-seed{seed}", 1, run.config(*ARCHITECTURE) | {"seed": seed}, inputs, make)
+
+
+def _retrained_classifier(run: Run, fc: nn.Linear, into: dict[str, Tensor], images: Images, seed: int) -> Tensor:
+    """Right answers of a classifier after a training of it alone: 10 epochs over its inputs (`classifier_inputs`) by
+    AdamW with a rate that falls from 1e-3 to 0, weight decay and label smoothing as the settings say."""
+    s, (x, y), generator = run.settings, (into["train"], images.y_train), training.generator(seed, "classifier")
+    optimizer = torch.optim.AdamW(fc.parameters(), lr=1e-3, weight_decay=s.weight_decay)
+    epochs, steps = 10, -(-len(x) // s.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).to(x.device).split(s.batch_size):
+            loss = nn.functional.cross_entropy(fc(x[batch]), y[batch], label_smoothing=s.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return fc(into["test"]).argmax(dim=1) == images.y_test
+
+
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
     source, first, reference = readout(run, seed, "trained"), seed == s.seeds[0], unpruned(run, seed)
     sets, norms = label_sets(run, seed).arrays("sets"), input_norms(run, seed, layers).arrays("norms")
     network, inputs = load_network(run, seed, "trained")
-    again = threshold in s.retrain_thresholds and layers in ("ff", "filters")
+    again, alone = threshold in s.retrain_thresholds and layers in ("ff", "filters"), layers == "classifier"
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
         before = {name: answers.to(images.x_test.device) for name, answers in reference.arrays("answers").items()}
         intact = before["intact"]
         parameters, macs = sum(p.numel() for p in network.parameters()), multiply_adds(network, images.x_test[:1])
-        rows, into_classifier = [], None
-        if layers == "classifier":  # what comes before it is the same for all masks
-            places = taps.cct_taps(network, ["seqpool"])
-            batches = taps.activations(network, places, images.x_test, *images.statistics)
-            into_classifier = torch.cat([batch[places[0].name] for batch in batches])[:, 0]
+        rows, into = [], {}
+        if alone:  # what comes before the classifier is the same for all masks
+            found = classifier_inputs(run, seed).tensors("inputs")
+            into = {part: values.to(images.x_test.device) for part, values in found.items()}
+            unmasked = copy.deepcopy(network.classifier.fc).requires_grad_(True)
+            before["retrained"] = _retrained_classifier(run, unmasked, into, images, seed)
         for method, draw, masks in _masks(run, network, sets, norms, seed, layers, threshold):
             pruned = andc.apply_masks(copy.deepcopy(network).requires_grad_(True), masks)
             row = {"seed": seed, "layers": layers, "method": method, "threshold": threshold, "draw": draw}
@@ -135,20 +168,23 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
             row["removable"] = sum(int(nodes.sum()) for nodes in andc.removable(masks).values())
             draws = min(s.prune_draws, len(images.y_test))
             part = slice(draw % draws, None, draws) if method in DRAWN else slice(None)
-            if into_classifier is None:
-                right = right_answers(pruned, images, part)
+            if alone:
+                right = pruned.classifier.fc(into["test"][part]).argmax(dim=1) == images.y_test[part]
             else:
-                right = pruned.classifier.fc(into_classifier[part]).argmax(dim=1) == images.y_test[part]
+                right = right_answers(pruned, images, part)
             row |= {"images": len(right)} | _loss("", intact[part], right)
             retrained = None
-            if again and draw == 0 and (first or method in MASKS):
+            if alone and draw == 0:
+                retrained = _retrained_classifier(run, pruned.classifier.fc, into, images, seed)
+            elif again and draw == 0 and (first or method in MASKS):
                 retrained = _retrained(run, pruned, images, seed, folder / f"{method}.pt")
             rows.append(row | _loss("retrained_", before.get("retrained", intact), retrained))
         run.log(f"pruning {layers} at threshold {threshold}: dilution {rows[-1]['dilution']:.2f}")
         save_table(folder / "pruning.csv", rows)
 
     config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
-    config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold, "retrain": again}
+    config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold}
+    config["retrain"] = "alone" if alone else again
     # Label sets and norms follow from network and readouts: who raises the version of theirs raises this one too.
     inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
