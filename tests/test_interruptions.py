@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 import parameters, report, stages, verdicts
 from paperlib import figures
 cut = {{"epochs": {EPOCHS}, "max_steps": 6, "limit": 300, "readout_epochs": 2, "prune_draws": 1, "precision": "fp32",
-       "prune_thresholds": [0.3], "retrain_thresholds": [0.3], "prune_once": [], "taps": ["attn", "block"]}}
+       "prune_thresholds": [0.3], "retrain_thresholds": [0.3], "prune_attention": False, "taps": ["attn", "block"]}}
 run = parameters.open_run("quick", cut)
 table = stages.pruning(run)
 figures.save(figures.pruning_curve(table, run.images.name), run.figures, "accuracy_against_dilution", table)

@@ -46,7 +46,8 @@ def test_no_test_image_decides_a_mask(run, tmp_path):
 def test_a_pruned_classifier_is_scored_as_the_whole_network(run):
     """What comes before the classifier is computed once for all masks."""
     network, _ = stages.load_network(run, 0, "trained")
-    found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, "classifier").arrays("norms")
+    sets = stages.pruned.classifier_sets(run, 0).arrays("sets")
+    found = sets, stages.input_norms(run, 0, "classifier").arrays("norms")
     table = stages.pruned._pruning(run, 0, "classifier", 0.4).table("pruning").set_index(["method", "draw"])
     draws = run.settings.prune_draws
     assert table.accuracy.nunique() > 1
@@ -56,6 +57,19 @@ def test_a_pruned_classifier_is_scored_as_the_whole_network(run):
         right = stages.networks.right_answers(pruned, run.images, part)
         assert table.accuracy[method, draw] == pytest.approx(right.float().mean().item(), abs=1.1 / len(right))
     assert (table.retrained_accuracy.notna() == (table.index.get_level_values("draw") == 0)).all()
+
+
+@pytest.mark.slow
+def test_label_sets_for_the_classifier_are_those_of_all_readouts_together(run):
+    """Where the attention is not pruned, the last block's readout is trained once more, alone: with the same result."""
+    alone = stages.pruned.classifier_sets(run, 0).arrays("sets")
+    settings = run.settings.model_copy(update={"prune_attention": True})
+    together = stages.label_sets(replace(run, settings=settings), 0)
+    assert stages.pruned.classifier_sets(replace(run, settings=settings), 0) is together
+    expected = together.arrays("sets")
+    assert alone and all(name.endswith("/4.block") for name in alone)
+    for name, sets in alone.items():
+        assert sets.any() and (sets != expected[name]).float().mean() < 1e-3
 
 
 def test_a_classifier_that_is_trained_alone_keeps_its_mask(run):
@@ -224,7 +238,7 @@ def test_difference_of_maps_finds_a_head_that_looks_elsewhere_for_its_own_labels
 @pytest.mark.slow
 def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folders, tmp_path):
     """With other test images, owners by held-out images stay; the figure's margins are those of the table."""
-    few = CUT | {"limit": 600, "taps": ["attn", "block"], "taps_once": [], "prune_once": [], "permutations": 20}
+    few = CUT | {"limit": 600, "taps": ["attn", "block"], "taps_once": [], "prune_attention": False, "permutations": 20}
     run = parameters.open_run("quick", few)
     labels, encoders, _ = stages.head_division(run)
     trained = labels[labels.network == "trained"]
@@ -249,7 +263,7 @@ def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folder
 
 @pytest.mark.slow
 def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(folders):
-    few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_once": []}
+    few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_attention": False}
     run = parameters.open_run("quick", few | {"retrain_thresholds": [0.4], "retrain_lr": 0.01})
     table, answers = stages.pruning(run), stages.unpruned(run, 0).arrays("answers")
     assert answers.keys() == {"intact", "retrained"} and not torch.equal(answers["intact"], answers["retrained"])

@@ -15,7 +15,7 @@ from walk import main
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
 CUT += ["threshold_sweep=[0.3]", "retrain_thresholds=[0.3]", "permutations=100"]
 CUT += ["penalties=[]", "penalty_epochs=2", "penalty_taps=[block]", "taps_once=[norm, weighed, seqpool, pooled]"]
-CUT += ["prune_once=[attention]", "cnn=vgg_11x16"]
+CUT += ["prune_attention=true", "cnn=vgg_11x16"]
 CUT += ["batch_size=16", "readout_batch_size=16"]
 CACHES = {"cifar100": ("cifar100.npz", 30, 32), "flowers102": ("flowers102-224.npz", 30, 224)}
 FIGURES = {

@@ -39,7 +39,7 @@ def cnn_half(run: Run) -> Run:
     """The same walk with the CNN in the CCT's place; ValueError if committed networks do not fit it."""
     s = run.settings
     changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
-    changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_once": []}
+    changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_attention": False}
     half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
     if s.weights == "reference":
         check_references(half.settings)

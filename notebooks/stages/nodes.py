@@ -460,15 +460,17 @@ def both_halves(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
 
 
 def pruned_layers(run: Run, seed: int) -> list[str]:
-    """What is pruned: a CNN's filters; a CCT's FF layers, and for the first seed what the settings add."""
+    """What is pruned: a CNN's filters; a CCT's FF layers and classifier, and for the first seed its attention."""
     if run.settings.model.startswith("vgg"):
         return ["filters"]
-    return ["ff", *(run.settings.prune_once if seed == run.settings.seeds[0] else ())]
+    attention = run.settings.prune_attention and seed == run.settings.seeds[0]
+    return ["ff", "classifier", *(["attention"] if attention else [])]
 
 
 def _unseen_taps(run: Run, seed: int, network: nn.Module) -> list[str]:
     """Kinds of the taps whose nodes decide something that the test images score, so that they are looked at on held-out
-    images: ANDC masks, and which labels a head owns."""
-    pairs = [pair for layers in pruned_layers(run, seed) for pair in andc.connections(network, layers).values()]
-    deciding = {end.split(".")[1] for pair in pairs for end in pair if end != "labels"}
+    images: ANDC masks (but for the classifier's, see `pruned.classifier_sets`), and which labels a head owns."""
+    inner = [layers for layers in pruned_layers(run, seed) if layers != "classifier"]
+    pairs = [pair for layers in inner for pair in andc.connections(network, layers).values()]
+    deciding = {end.split(".")[1] for pair in pairs for end in pair}
     return sorted(deciding | ({"attn"} & {*run.settings.taps}))

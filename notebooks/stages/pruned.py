@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from verdicts import MASKS
 
-from paperlib import andc, macroscopic, snp, taps, training
+from paperlib import andc, macroscopic, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
 from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, right_answers
-from stages.nodes import encoder_of, labelled_batches, pruned_layers, readout
+from stages.nodes import READOUT, encoder_of, labelled_batches, pruned_layers, readout, trained_readouts
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
 PRUNING = ("held_out", "prune_draws", "retrain_epochs", "retrain_lr")
@@ -39,7 +39,7 @@ def pruning(run: Run) -> pd.DataFrame:
         (seed, layers, at)
         for seed in seeds
         for layers in pruned_layers(run, seed)
-        for at in (thresholds[::2] if layers in run.settings.prune_once else thresholds)
+        for at in (thresholds[::2] if layers in ("attention", "classifier") else thresholds)
     ]
     return pd.concat([_pruning(run, *part).table("pruning") for part in parts], ignore_index=True)
 
@@ -59,6 +59,29 @@ def label_sets(run: Run, seed: int) -> Artefact:
         save_arrays(folder / "sets.npz", sets)
 
     return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
+
+
+def classifier_sets(run: Run, seed: int) -> Artefact:
+    """Stage: label sets of the last encoder's `block`, which decide the classifier's masks, as those of `label_sets`;
+    from there where it has them, else its readout is trained once more, alone (the same training)."""
+    s, known = run.settings, label_sets(run, seed)
+    network, inputs = load_network(run, seed, "trained")
+    *_, last = taps.cct_taps(network, ["block"])
+    if f"{s.prune_thresholds[0]:g}/{last.name}" in known.arrays("sets"):
+        return known
+
+    def make(folder: Path) -> None:
+        images = run.images.to(training.best_device())
+        _, held = held_out(run.images.y_train, s.held_out)
+        weights = trained_readouts(run, network, [last], images, seed)
+        x, y = images.x_train[held], images.y_train[held]
+        means = readouts.measure(network, [last], weights, x, y, *images.statistics).class_means
+        fields = snp.field_matrices(weights[last.name], means[last.name])
+        found = {at: snp.diagonal_labels(snp.boolean_matrices(fields, at)).clone() for at in s.prune_thresholds}
+        save_arrays(folder / "sets.npz", {f"{at:g}/{last.name}": sets for at, sets in found.items()})
+
+    config = run.config(*ARCHITECTURE, *READOUT, "prune_thresholds") | {"seed": seed}
+    return run.stage(f"classifier-sets-seed{seed}", 1, config, inputs, make)
 
 
 def sets_at(threshold: float, found: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
@@ -145,9 +168,10 @@ def _retrained_classifier(run: Run, fc: nn.Linear, into: dict[str, Tensor], imag
 def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     s = run.settings
     source, first, reference = readout(run, seed, "trained"), seed == s.seeds[0], unpruned(run, seed)
-    sets, norms = label_sets(run, seed).arrays("sets"), input_norms(run, seed, layers).arrays("norms")
     network, inputs = load_network(run, seed, "trained")
     again, alone = threshold in s.retrain_thresholds and layers in ("ff", "filters"), layers == "classifier"
+    recognised = (classifier_sets if alone else label_sets)(run, seed)
+    sets, norms = recognised.arrays("sets"), input_norms(run, seed, layers).arrays("norms")
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
@@ -186,7 +210,8 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold}
     config["retrain"] = "alone" if alone else again
     # Label sets and norms follow from network and readouts: who raises the version of theirs raises this one too.
-    inputs |= {"readouts": source.sha256, "unpruned": reference.sha256}
+    inputs |= {"sets": recognised.sha256} if alone else {"readouts": source.sha256}
+    inputs["unpruned"] = reference.sha256
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
 
 
