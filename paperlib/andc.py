@@ -70,19 +70,20 @@ def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, T
 
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight| times the norm of the node
-    that they lead from (K,): Wanda's score, compared over the layer instead of output by output."""
+    that they lead from (Wanda's score, compared over the layer instead of output by output); norms: module path ->
+    (K,), see `input_norms`."""
     scores = {name: _sizes(network, name).to(mask.device) * norms[name].to(mask.device) for name, mask in masks.items()}
     return {name: _top(scores[name], mask) for name, mask in masks.items()}
 
 
-def input_means(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor, power=1) -> dict:
-    """Mean over positions and uint8 images of what goes into each node of the named layers, or of its power: (K,)."""
+def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor) -> dict:
+    """Root mean square of what goes into each node of the named layers, over uint8 images: name -> (K,)."""
     inputs = [Tap(0, name, name, "input") for name in names]
     sums = {tap.kind: torch.zeros((), device=images.device) for tap in inputs}
     for batch in activations(network, inputs, images, mean, std):
         for tap in inputs:
-            sums[tap.kind] = sums[tap.kind] + batch[tap.name].pow(power).mean(dim=1).sum(dim=0)
-    return {name: total / len(images) for name, total in sums.items()}
+            sums[tap.kind] = sums[tap.kind] + batch[tap.name].square().mean(dim=1).sum(dim=0)
+    return {name: (total / len(images)).sqrt() for name, total in sums.items()}
 
 
 def _sizes(network: nn.Module, name: str) -> Tensor:
