@@ -277,9 +277,9 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
         lower.axhline(0.5, color="grey", lw=0.8)
         lower.annotate("C4: 0.5", (1, 0.5), va="bottom", ha="right", fontsize=7, color="grey")
         lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1))
-    highest = table.groupby("method").loss.min().max()  # else what is lost straight after pruning leaves the picture
+    again = table[table.layers.isin(("ff", "filters"))].retrained_loss  # a classifier's loss may leave the picture
+    highest = again.max() if again.notna().any() else table.groupby("method").loss.min().max()
     if table.retrained_loss.notna().any():
-        highest = table.retrained_loss.max()
         axes[0, 0].plot([], [], "o--", ms=4.5, mfc="white", color="grey", label="retrained")
     axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
     axes[1, 0].set(ylabel="accuracy lost (points)", ylim=(-1, max(5, 110 * highest)))

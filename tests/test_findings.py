@@ -7,6 +7,7 @@ import pandas as pd
 import parameters
 import pytest
 import stages
+import verdicts
 
 from paperlib import runs
 
@@ -167,10 +168,19 @@ def test_pruned_networks(run):
     states("C4", text + " the largest weights {2:.1f}", *lost[1:], lost[0], dilution)
     lost = means("ff", 0.3, "retrained_loss", seeds[:1])
     states("C4", "at {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f}.", *lost)
-    dilution, *left = means("classifier", 0.2, "accuracy", seeds[:1])
-    whole = 100 * stages.unpruned(run, 0).arrays("answers")["intact"].float().mean()
-    states("C4", "a dilution of {:.2f} ANDC leaves {:.1f} of {:.1f} %", dilution, left[0], whole)
-    states("C4", "random masks {:.1f}, permuted label sets {:.1f} and the largest weights {:.1f} %", *left[1:])
+    text = "at a dilution of {:.2f} ANDC costs {:.1f} points straight away, random masks {:.1f} and permuted"
+    states("C4", text + " label sets {:.1f}.", *means("classifier", 0.2, "loss")[:4])
+    _, *lost = means("classifier", 0.2, "retrained_loss")
+    text = "it costs {:.2f} points, random masks {:.2f}, permuted label sets {:.2f} and the largest weights {:.2f};"
+    states("C4", text, *lost)
+    lost = means("classifier", 0.5, "retrained_loss")
+    states("C4", "at a dilution of {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f}.", *lost)
+    thresholds = run.settings.prune_thresholds[::2]
+    parts = [
+        stages.pruned._pruning(run, seed, "classifier", at).table("pruning") for seed in seeds for at in thresholds
+    ]
+    *_, alone = verdicts.pruning(pd.concat(parts), "cifar100")
+    assert alone["beside"] and alone["verdict"] == "supported"  # "the claim would be supported"
 
 
 def test_pruned_filters(run, summary):
@@ -261,8 +271,8 @@ def test_in_short(run, summary, curves):
     assert lost.other_drop.mean() <= 0  # "the others none"
     sizes = pd.DataFrame(summary["02_snr_per_encoder"]["predictions"])
     says("missed by {:.0f} points", 100 * sizes.error_predicted.iloc[-1])
-    classifier = (
-        stages.pruned._pruning(run, 0, "classifier", 0.2).table("pruning").groupby("method").mean(numeric_only=True)
-    )
-    says("{:.0f} % of its weights for {:.0f} point", 100 * classifier.dilution.andc, 100 * classifier.loss.andc)
-    says("random masks {:.0f}", 100 * classifier.loss.random)
+    parts = [stages.pruned._pruning(run, seed, "classifier", 0.2).table("pruning") for seed in run.settings.seeds]
+    by_seed = pd.concat(parts).groupby(["method", "seed"])[["dilution", "retrained_loss"]].mean()
+    dilution, lost = (100 * by_seed.groupby("method")[column].mean() for column in ("dilution", "retrained_loss"))
+    says("{:.0f} % of its weights for {:.2f} points", dilution.andc, lost.andc)
+    says("random masks {:.2f}", lost.random)
