@@ -168,6 +168,15 @@ def test_pruned_networks(run):
     states("C4", text + " the largest weights {2:.1f}", *lost[1:], lost[0], dilution)
     lost = means("ff", 0.3, "retrained_loss", seeds[:1])
     states("C4", "at {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f}.", *lost)
+    columns = ["dilution", "accuracy", "kept_means_accuracy"]
+    why = 100 * stages.why_ff(run).groupby(["method", "threshold"])[columns].mean()
+    plain, kept, three = why.accuracy, why.kept_means_accuracy, "{:.0f}, {:.0f} and {:.0f}"
+    text = f"ANDC leaves {three} % at dilutions of {{:.2f}}, {{:.2f}} and {{:.2f}} ({three} without)"
+    states("C4", text, *kept.andc, *why.dilution.andc / 100, *plain.andc)
+    text = f"({three} %; {three} %; with them {three} %; {three} %)"
+    states("C4", text, *plain.random, *plain.permuted, *kept.random, *kept.permuted)
+    best = why.drop(columns="dilution").max(axis=1).unstack("method")
+    assert (best.andc > best.random).all() and (best.andc - best.permuted).abs().max() < 3  # "about as much"
     text = "at a dilution of {:.2f} ANDC costs {:.1f} points straight away, random masks {:.1f} and permuted"
     states("C4", text + " label sets {:.1f}.", *means("classifier", 0.2, "loss")[:4])
     _, *lost = means("classifier", 0.2, "retrained_loss")
