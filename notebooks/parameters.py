@@ -72,9 +72,7 @@ class Settings(BaseModel):
     threshold: Threshold = Field(description="a field above this share of the node's maximum counts")
     threshold_sweep: list[Threshold] = Field(description="thresholds for the sweep of notebook 02")
     prune_thresholds: list[Threshold] = Field(min_length=1, description="thresholds of the dilution sweep")
-    prune_attention: bool = Field(
-        description="qkv and proj are pruned beside the FF layers and the classifier (first seed)"
-    )
+    prune_attention: bool = Field(description="qkv and proj are pruned too, for the first seed")
     prune_draws: int = Field(ge=1, description="random and permuted masks at each dilution")
     retrain_thresholds: list[Threshold] = Field(description="which of prune_thresholds are retrained")
     retrain_epochs: int = Field(ge=1, description="epochs of the short retraining")

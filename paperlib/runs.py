@@ -185,7 +185,7 @@ class Run:
         sha256 = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
         seconds = round(time.monotonic() - start, 2)
         record = {**record, "outputs": outputs, "sha256": sha256, "seconds": seconds, "peak_gb": _peak_gb()}
-        record |= {"revision": revision(), "environment": environment()}
+        record |= {"revision": revision(), "environment": environment(self.settings.precision)}
         record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
         for checkpoint in folder.glob("*.pt"):  # only now is nothing lost without them
@@ -208,7 +208,7 @@ class Run:
             "profile": self.profile,
             "config": config,
             "seeds": self.settings.seeds,
-            "environment": environment(),
+            "environment": environment(self.settings.precision),
             "device": str(training.best_device()),
             "seconds": {**old.get("seconds", {}), **self.seconds},
             "peak_gb": {**old.get("peak_gb", {}), **self.peak_gb},
@@ -264,8 +264,8 @@ def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:
     write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware of this process, for the run card."""
+def environment(precision: str = "auto") -> dict[str, Any]:
+    """Versions and hardware of this process, for stages and the run card."""
     packages = ("torch", "torchvision", "numpy", "matplotlib", "pandas")
     return {
         "python": platform.python_version(),
@@ -275,7 +275,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "training_precision": "bf16" if training.fast_bf16(training.best_device().type) else "fp32",
+        "training_precision": "bf16" if training.in_bf16(precision, training.best_device()) else "fp32",
     }
 
 

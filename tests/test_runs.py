@@ -55,11 +55,13 @@ def test_an_unchanged_stage_is_not_run_again(run):
     assert run.said == ["s: unchanged, not computed again"]
 
 
-def test_a_stage_says_what_it_was_made_with(run):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_says_what_it_was_made_with(run, precision):
     """Stages of one walk may come from several machines, whose precisions differ."""
+    run.settings = run.settings.model_copy(update={"precision": precision})
     record = runs.read_json(run.stage("s", 1, {}, {}, writer([])).folder / "stage.json")
     assert torch.__version__.startswith(record["environment"]["torch"])
-    assert record["environment"]["training_precision"] in ("fp32", "bf16")
+    assert record["environment"]["training_precision"] == precision
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def run(folders):
 def masks_of(run, layers="ff"):
     """All masks of the first threshold, the controls among them."""
     network, _ = stages.load_network(run, 0, "trained")
-    found = stages.label_sets(run, 0).arrays("sets"), stages.input_norms(run, 0, layers).arrays("norms")
+    sets = stages.pruned.classifier_sets if layers == "classifier" else stages.label_sets
+    found = sets(run, 0).arrays("sets"), stages.input_norms(run, 0, layers).arrays("norms")
     return {
         (method, draw, name): mask
         for method, draw, masks in stages.pruned._masks(run, network, *found, 0, layers, 0.4)
@@ -36,8 +37,8 @@ def test_no_test_image_decides_a_mask(run, tmp_path):
     """With noise for test images every mask stays what it was, although the readouts' test results change."""
     noise = torch.randint(0, 256, run.images.x_test.shape, dtype=torch.uint8)
     other = replace(run, images=replace(run.images, x_test=noise), folder=tmp_path / "other", finished={})
-    before, after = masks_of(run), masks_of(other)
-    assert len(before) == 5 * 8 and all(torch.equal(before[key], after[key]) for key in before)
+    before, after = (masks_of(which) | masks_of(which, "classifier") for which in (run, other))
+    assert len(before) == 5 * (8 + 1) and all(torch.equal(before[key], after[key]) for key in before)
     first, second = (stages.readout(r, 0, "trained").tensors("fields_test") for r in (run, other))
     assert not torch.equal(first["4.block"], second["4.block"])
 
@@ -84,6 +85,7 @@ def test_a_classifier_that_is_trained_alone_keeps_its_mask(run):
     into = {"train": inputs, "test": inputs[:100]}
     with torch.no_grad():
         network[0].weight_orig.zero_()
+        network[0].bias.zero_()
     right = stages.pruned._retrained_classifier(run, network[0], into, images, 0)
     assert right[labels[:100] < 3].all()
     assert not network[0].weight[~mask].any() and network[0].weight[mask].all()
@@ -94,7 +96,7 @@ def test_pruned_readouts_are_readouts_with_zeros(run):
     """The accuracy of a masked readout is what measuring with zeroed weights gives, and fewer weights are kept at a
     higher threshold."""
     table = stages.pruned_readouts(run)
-    assert set(table.tap) == {"attn", "block", "ff2"} and set(table.method) == {"andc", "permuted", "random"}
+    assert set(table.tap) == {"attn", "ff2"} and set(table.method) == {"andc", "permuted", "random"}
     along = table[table.method == "andc"].pivot(index=["tap", "encoder"], columns="threshold", values="dilution")
     assert (along.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None) and along.iloc[:, -1].min() > 0.5
     network, _ = stages.load_network(run, 0, "trained")
@@ -143,6 +145,19 @@ def test_controls_of_filters(run):
     first = network.features[0](data.normalise(run.images.x_train[:500], *run.images.statistics))
     torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert not network.training
+
+
+def test_what_is_scored_after_mending_is_the_mended_network(run):
+    network = stages.build_network(run, 0).eval().requires_grad_(False)
+    masks = {"classifier.fc": torch.zeros(network.classifier.fc.weight.shape, dtype=torch.bool)}
+
+    def always_three(pruned):
+        pruned.classifier.fc.bias[3] = 1e6
+
+    row = stages.pruned._before_and_after(network, masks, run.images, "mended", always_three, slice(0, None, 2))
+    share = (run.images.y_test[::2] == 3).float().mean().item()
+    assert row["dilution"] == 1 and row["mended_accuracy"] == pytest.approx(share) != row["accuracy"]
+    assert network.classifier.fc.bias[3] < 1e6
 
 
 @pytest.mark.slow
@@ -267,6 +282,9 @@ def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(f
     few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_attention": False}
     run = parameters.open_run("quick", few | {"retrain_thresholds": [0.4], "retrain_lr": 0.01})
     table, answers = stages.pruning(run), stages.unpruned(run, 0).arrays("answers")
+    alone = table[table.layers == "classifier"]
+    assert (alone.retrained_accuracy + alone.retrained_loss).dropna().round(6).nunique() == 1
+    table = table[table.layers == "ff"]
     assert answers.keys() == {"intact", "retrained"} and not torch.equal(answers["intact"], answers["retrained"])
     whole = table[table.images == len(run.images.x_test)]
     for prefix, name in (("", "intact"), ("retrained_", "retrained")):

@@ -80,6 +80,7 @@ def classifier_sets(run: Run, seed: int) -> Artefact:
         found = {at: snp.diagonal_labels(snp.boolean_matrices(fields, at)).clone() for at in s.prune_thresholds}
         save_arrays(folder / "sets.npz", {f"{at:g}/{last.name}": sets for at, sets in found.items()})
 
+    # The training of `readout`: who raises its version raises this one too.
     config = run.config(*ARCHITECTURE, *READOUT, "prune_thresholds") | {"seed": seed}
     return run.stage(f"classifier-sets-seed{seed}", 1, config, inputs, make)
 
@@ -208,7 +209,8 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
     config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold}
     config["retrain"] = "alone" if alone else again
-    # Label sets and norms follow from network and readouts: who raises the version of theirs raises this one too.
+    # The rest follows from network and readouts: who raises the version of `label_sets`, `input_norms` or
+    # `classifier_inputs` raises this one too.
     inputs |= {"sets": recognised.sha256} if alone else {"readouts": source.sha256}
     inputs["unpruned"] = reference.sha256
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", 4, config, inputs, make)
@@ -276,7 +278,8 @@ def _why_ff(run: Run, seed: int) -> Artefact:
     def make(folder: Path) -> None:
         images, found = run.images.to(training.best_device()), source.arrays("sets")
         _, held = held_out(run.images.y_train, run.settings.held_out)
-        x = normalise(images.x_train[held[:: -(-len(held) // 1000)]], *images.statistics)
+        most = max(100, min(1000, 1000 * 32**2 // run.settings.image_size**2))  # all in one pass: larger images, fewer
+        x = normalise(images.x_train[held[:: -(-len(held) // most)]], *images.statistics)
         norms, rows = input_norms(run, seed, "ff").arrays("norms"), []
         for at in thresholds:
             for method, draw, masks in _masks(run, network, found, norms, seed, "ff", at):
