@@ -76,6 +76,11 @@ FAULTS = [
      "C1: the CNN may be uncertain"),
     ("notebooks/verdicts", "all(all(part) for _, _, part, _ in found)", "all(found[0][2])", "verdicts",
      "C1: the CNN's random network is not looked at"),
+    ("notebooks/stages/pruned", "x, y = images.x_train[held], images.y_train[held]",
+     "x, y = images.x_test, images.y_test", "stages", "test images decide the classifier's masks"),
+    ("notebooks/stages/pruned", "return output + shift", "return output", "stages",
+     "later layers do not hear the mended ones"),
+    ("notebooks/stages/pruned", "    mend(pruned)\n", "", "stages", "the mended network is not scored"),
 ]  # fmt: skip
 
 

@@ -190,6 +190,13 @@ def test_pruned_networks(run):
     parts = [
         stages.pruned._pruning(run, seed, "classifier", at).table("pruning") for seed in seeds for at in thresholds
     ]
+    dilution, *left = means("attention", 0.3, "accuracy", seeds[:1])
+    text = (
+        "at a dilution of {:.2f} ANDC leaves {:.1f} %, random masks {:.1f}, permuted label sets {:.1f} and the largest"
+    )
+    states("C4", text + " weights {:.1f} %", dilution, *left)
+    left = means("attention", 0.4, "accuracy", seeds[:1])
+    states("C4", "at {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f} %.", *left)
     *_, straight, alone = verdicts.pruning(pd.concat(parts), "cifar100")
     assert (straight["verdict"], alone["verdict"]) == ("not supported", "supported")  # "supported in part"
 
