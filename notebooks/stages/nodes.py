@@ -58,7 +58,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
         save_tensors(folder / "weights.safetensors", weights)
-        save_tensors(folder / "fields_test.safetensors", _fields(weights, test))
+        save_tensors(folder / "fields_test.safetensors", fields_of(weights, test))
         save_arrays(folder / "correct.npz", correct)
         if kind == "trained":
             _, held = held_out(run.images.y_train, s.held_out)
@@ -66,7 +66,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             weights = {place.name: weights[place.name] for place in places}
             x, y = images.x_train[held], images.y_train[held]
             others = readouts.measure(network, places, weights, x, y, *images.statistics)
-            save_tensors(folder / "fields_held_out.safetensors", _fields(weights, others))
+            save_tensors(folder / "fields_held_out.safetensors", fields_of(weights, others))
 
     # "deciding" is what stored stages call the taps that are looked at on held-out images
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": unseen}
@@ -152,7 +152,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
     return run.stage(f"penalties-{kind}-seed{seed}", 2, config, inputs, make)
 
 
-def _fields(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
+def fields_of(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
     return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
 
 

@@ -18,7 +18,7 @@ from paperlib import andc, macroscopic, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
 from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, right_answers
-from stages.nodes import READOUT, encoder_of, labelled_batches, pruned_layers, readout, trained_readouts
+from stages.nodes import READOUT, encoder_of, fields_of, labelled_batches, pruned_layers, readout, trained_readouts
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
 PRUNING = ("held_out", "prune_draws", "retrain_epochs", "retrain_lr")
@@ -50,15 +50,19 @@ def label_sets(run: Run, seed: int) -> Artefact:
     source = readout(run, seed, "trained")
 
     def make(folder: Path) -> None:
-        fields = source.tensors("fields_held_out").items()
-        sets = {
-            f"{at:g}/{tap}": snp.diagonal_labels(snp.boolean_matrices(part, at)).clone()
-            for tap, part in fields
-            for at in run.settings.prune_thresholds
-        }
-        save_arrays(folder / "sets.npz", sets)
+        fields = source.tensors("fields_held_out")
+        save_arrays(folder / "sets.npz", _recognised(fields, run.settings.prune_thresholds))
 
     return run.stage(f"label-sets-seed{seed}", 1, run.config("prune_thresholds"), {"readouts": source.sha256}, make)
+
+
+def _recognised(fields: dict[str, Tensor], thresholds: list[float]) -> dict[str, Tensor]:
+    """Field matrices, tap -> (D, L, L), to the labels that nodes recognise: threshold/tap -> (D, L) bool."""
+    return {
+        f"{at:g}/{tap}": snp.diagonal_labels(snp.boolean_matrices(part, at)).clone()
+        for tap, part in fields.items()
+        for at in thresholds
+    }
 
 
 def classifier_sets(run: Run, seed: int) -> Artefact:
@@ -75,10 +79,8 @@ def classifier_sets(run: Run, seed: int) -> Artefact:
         _, held = held_out(run.images.y_train, s.held_out)
         weights = trained_readouts(run, network, [last], images, seed)
         x, y = images.x_train[held], images.y_train[held]
-        means = readouts.measure(network, [last], weights, x, y, *images.statistics).class_means
-        fields = snp.field_matrices(weights[last.name], means[last.name])
-        found = {at: snp.diagonal_labels(snp.boolean_matrices(fields, at)).clone() for at in s.prune_thresholds}
-        save_arrays(folder / "sets.npz", {f"{at:g}/{last.name}": sets for at, sets in found.items()})
+        fields = fields_of(weights, readouts.measure(network, [last], weights, x, y, *images.statistics))
+        save_arrays(folder / "sets.npz", _recognised(fields, s.prune_thresholds))
 
     # The training of `readout`: who raises its version raises this one too.
     config = run.config(*ARCHITECTURE, *READOUT, "prune_thresholds") | {"seed": seed}
