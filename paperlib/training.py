@@ -9,7 +9,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -110,8 +110,7 @@ def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
         if not hidden:
             raise ValueError("optimizer muon takes the weight matrices of encoders, and there are none: use adamw")
         matrices = [weights.pop(name) for name in hidden]
-        bf16 = distributed.broadcast(in_bf16(recipe.precision, matrices[0].device))  # ranks must take the same step
-        parts.append(Muon(matrices, recipe.lr, recipe.weight_decay, bf16=bf16))
+        parts.append(Muon(matrices, recipe.lr, recipe.weight_decay, bf16=in_bf16(recipe.precision, matrices[0].device)))
     for name, weight in weights.items():
         (decayed if weight.ndim > 1 and "positional" not in name else free).append(weight)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -127,15 +126,14 @@ def train(
     One row an epoch: epoch, lr (at its end), loss (mean over its steps), test_accuracy (0..1; in the training's
     precision, the last one in fp32; None without test images, and at most epochs of more than `CURVE_POINTS`), seconds.
     With `checkpoint`, the state is saved after each epoch (written whole or not at all), and a later call with the same
-    recipe and seed goes on from there: every random number derives from (seed, purpose, epoch), so an interrupted
-    training ends like an uninterrupted one. Raises ValueError for a checkpoint that does not fit, FloatingPointError
-    with the step at which the loss stopped being finite (the last good checkpoint stays). Under `paperlib.distributed`
-    every rank calls this and takes its share of each batch; rank 0's checkpoint counts.
+    recipe and seed goes on from there: every random number derives from (seed, purpose, epoch) and the precision is the
+    checkpoint's, so an interrupted training ends like an uninterrupted one. Raises ValueError for a checkpoint that
+    does not fit, FloatingPointError with the step at which the loss stopped being finite (the last checkpoint stays).
+    Under `paperlib.distributed` every rank takes its share of each batch; rank 0's checkpoint and precision count.
     """
     rank, ranks = distributed.rank_and_ranks()
     device = data.x_train.device
     mean, std = data.statistics
-    parts = optimizers(network, recipe)
     if recipe.token_share < 1 and not hasattr(getattr(network, "classifier", None), "token_share"):
         raise ValueError("token_share: this network has no tokens, so it must be 1")
     batches = -(-len(data.x_train) // recipe.batch_size)
@@ -146,15 +144,17 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         with files.reading(checkpoint, "delete it to train anew"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-
-    def pixels() -> list[float]:
-        # Tells data sets apart; asked for only with a checkpoint, since it waits for the device.
-        return [len(data.x_train), *(round(value, 4) for value in (*mean.flatten().tolist(), *std.flatten().tolist()))]
-
-    if (saved := distributed.broadcast(saved)) is not None:
-        known = (asdict(recipe), seed, pixels())
+            if recipe.precision == "auto":  # as it began, whatever this machine is fast in
+                recipe = replace(recipe, precision=saved["recipe"]["precision"])
+    recipe = replace(recipe, precision="bf16" if in_bf16(recipe.precision, device) else "fp32")
+    recipe, saved = distributed.broadcast((recipe, saved))
+    parts, known = optimizers(network, recipe), {"recipe": asdict(recipe), "seed": seed}
+    if checkpoint is not None:  # else nothing has to wait for the device
+        pixels = (*mean.flatten().tolist(), *std.flatten().tolist())
+        known["pixels"] = [len(data.x_train), *(round(value, 4) for value in pixels)]
+    if saved is not None:
         with files.reading(checkpoint, "delete it to train anew"):
-            if (saved["recipe"], saved["seed"], saved["pixels"]) != known:
+            if any(saved[key] != value for key, value in known.items()):
                 raise ValueError("it was written by another recipe or seed, or with other images")
             network.load_state_dict(saved["network"])
             for part, state in zip(parts, saved["optimizers"], strict=True):
@@ -202,8 +202,8 @@ def train(
         scored = "" if test is None else f"  test accuracy {100 * test:.1f} %"
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}{scored}")
         if checkpoint is not None:
-            state = {"recipe": asdict(recipe), "seed": seed, "pixels": pixels(), "curve": curve}
-            state |= {"network": network.state_dict(), "optimizers": [part.state_dict() for part in parts]}
+            parts_state = [part.state_dict() for part in parts]
+            state = {**known, "curve": curve, "network": network.state_dict(), "optimizers": parts_state}
             with files.whole(checkpoint) as file:
                 torch.save(state, file)
     network.eval()

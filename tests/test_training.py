@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +136,29 @@ def test_a_finished_training_is_only_loaded(tmp_path):
     assert same(state_of(again), state_of(network))
 
 
-@pytest.mark.parametrize("seed, changed", [(1, {}), (0, {"lr": 0.02}), (0, {"epochs": 4}), (0, {"flip": False})])
+@pytest.mark.parametrize("began_in_bf16", [True, False])
+def test_an_interrupted_training_keeps_its_precision(began_in_bf16, tmp_path, monkeypatch):
+    """What `auto` means differs between machines, and from one look to the next; the rest of the epochs must not."""
+    recipe = replace(RECIPE, optimizer="muon", precision="bf16" if began_in_bf16 else "fp32")
+
+    def weights(recipe, checkpoint=None, stop=False):
+        torch.manual_seed(0)
+        network = cct("cct_2_3x2", num_classes=3, image_size=8)
+        if stop:
+            at_step(network, 5, lambda: 1 / 0)  # in the second epoch
+        with pytest.raises(ZeroDivisionError) if stop else nullcontext():
+            train(network, toy(), recipe, 0, checkpoint, quiet)
+        return state_of(network)
+
+    monkeypatch.setattr(training, "fast_bf16", lambda device_type: began_in_bf16)
+    weights(replace(recipe, precision="auto"), tmp_path / "c.pt", stop=True)
+    monkeypatch.setattr(training, "fast_bf16", lambda device_type: not began_in_bf16)
+    assert same(weights(replace(recipe, precision="auto"), tmp_path / "c.pt"), weights(recipe))
+
+
+@pytest.mark.parametrize(
+    "seed, changed", [(1, {}), (0, {"lr": 0.02}), (0, {"epochs": 4}), (0, {"flip": False}), (0, {"precision": "bf16"})]
+)
 def test_a_checkpoint_of_something_else_is_refused(seed, changed, tmp_path, refuses):
     checkpoint = tmp_path / "c.pt"
     train(small(), toy(), RECIPE, 0, checkpoint, quiet)
