@@ -149,6 +149,7 @@ def measure(
             else:
                 fields = batch[tap.name].flatten(1) @ weights[tap.name].flatten(1).T
             correct[tap.name].append(fields.argmax(dim=1) == batch_labels)
+        batch.clear()  # gigabytes, before the next one is made
     distributed.all_reduce(counts)
     return Measured(
         {name: means_of(distributed.all_reduce(part), counts) for name, part in sums.items()},

@@ -125,3 +125,4 @@ def activations(
         for batch in images.split(batch_size):
             network(normalise(batch, mean, std))
             yield dict(recorded)
+            recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory

@@ -69,10 +69,8 @@ def best_device() -> torch.device:
 @cache
 def fast_bf16(device_type: str) -> bool:
     """Whether bf16 matrix products are at least 1.2 times as fast as fp32: measured, as many CPUs emulate them."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
-        return False
+        return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(512, 512, dtype=dtype)  # of smaller ones, what a call costs says more than the products

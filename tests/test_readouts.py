@@ -1,6 +1,7 @@
 """Taps record what the equations of the block say; readouts are the optimum they claim to be."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -183,6 +184,26 @@ def test_activations_come_in_order_and_without_dropout(build):
         joined = torch.cat([batch[name] for batch in batches])
         torch.testing.assert_close(joined, value, atol=1e-4, rtol=1e-4)
         assert joined.dtype == torch.float32 and not joined.requires_grad
+
+
+def test_one_batch_of_activations_is_in_memory_at_a_time(build, monkeypatch):
+    network, seen, passes = build(), [], []
+    found = taps.cct_taps(network, ["attn", "block"])
+    weights = {tap.name: torch.randn(3, 16, 128, generator=seeded()) for tap in found}
+
+    def watched(*arguments):
+        for batch in taps.activations(*arguments, batch_size=3):
+            seen.extend(weakref.ref(value) for value in batch.values())
+            yield batch
+
+    def before(module, inputs):
+        passes.append([ref() for ref in seen])
+
+    network.register_forward_pre_hook(before)
+    monkeypatch.setattr(readouts, "activations", watched)
+    readouts.measure(network, found, weights, pictures(7), torch.arange(7) % 3, MEAN, STD)
+    assert len(passes) == 3 and len(passes[2]) == 2 * 2 * 2  # two batches, two taps of two encoders
+    assert all(value is None for each in passes for value in each)
 
 
 # --- fields of heads

@@ -168,12 +168,22 @@ def test_a_measurement_agrees_within_the_spread_of_the_seeds():
         part = (again + shift).reset_index().assign(seed=seed, network="trained", centred=False)
         rows += [part, part.assign(network="random", snr=9.0), part.assign(centred=True, snr=9.0)]
     table = pd.concat(rows)
-    found = remeasure.compared(again, table, 0)
+    found = remeasure.compared(again, table, 0, 400)
     assert found.xs("agrees", axis=1, level=1).all(axis=None)
-    assert found["snr"].spread.to_numpy() == pytest.approx([0.05] * 4)
+    assert found["snr"].allowed.to_numpy() == pytest.approx([0.05] * 4)
     again.loc[("block", 4), "snr"] -= 0.05
-    agrees = remeasure.compared(again, table, 0)["snr"].agrees
+    agrees = remeasure.compared(again, table, 0, 400)["snr"].agrees
     assert agrees.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("statistic, value, allowed", [("accuracy", 0.5, 0.05), ("snr", 3.0, 0.15)])
+def test_a_measurement_of_one_seed_agrees_within_its_own_uncertainty(statistic, value, allowed):
+    index = pd.MultiIndex.from_tuples([("block", 1)], names=["tap", "encoder"])
+    again = pd.DataFrame({"accuracy": [0.5], "snr": [3.0]}, index=index)
+    table = again.reset_index().assign(seed=4, network="trained", centred=False)
+    for off, agrees in ((0, True), (0.98 * allowed, True), (-0.98 * allowed, True), (1.02 * allowed, False)):
+        again[statistic] = value + off  # 400 images: one standard error at 0.5 is 0.025
+        assert remeasure.compared(again, table, 4, 400)[statistic].agrees.tolist() == [agrees]
 
 
 def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():

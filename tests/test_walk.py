@@ -85,7 +85,7 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
     stages = ["--stages", str(folders / "runs" / profile / "stages")]
     assert regenerate.main([profile, *stages]) == 0
-    assert remeasure.main([profile, *stages]) == 0  # one seed, so no spread: the same numbers
+    assert remeasure.main([profile, *stages]) == 0  # the same numbers
     assert remeasure.main([profile, "--seed", "7", *stages]) == 2  # there are no results of it
     assert (folders / "runs" / profile / "report.html").stat().st_size > 1e6
     text = capsys.readouterr().out

@@ -161,7 +161,7 @@ def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = 
 
 
 def _means(network: nn.Module, images: Images) -> list[Tensor]:
-    """Mean of every encoder's concatenated heads (T, D) over the first 2,048 training images."""
+    """Mean of every encoder's concatenated heads (T, D) over the first 2,048 training images, if there are so many."""
     places, sample = taps.cct_taps(network, ["attn"]), images.x_train[:2048]
     batches = taps.activations(network, places, sample, *images.statistics)
     sums = [[batch[place.name].sum(dim=0) for place in places] for batch in batches]

@@ -221,7 +221,7 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Artefact:
 def why_filters(half: Run) -> pd.DataFrame:
     """Stage for every seed: is it the signs of what ANDC removes from a CNN that costs accuracy, or statistics of batch
     norm that no longer fit? ANDC's masks, random ones, and random ones that remove as many kernels with a negative sum
-    as ANDC does, straight after pruning and with batch norm's statistics taken anew from 5,000 training images.
+    as ANDC does, straight after pruning and with batch norm's statistics taken anew from up to 5,000 training images.
 
     seed, threshold, method (andc, random, same signs), dilution, accuracy, refreshed_accuracy (0..1). The smallest
     thresholds of the sweep: at larger ones nothing is left to compare.
