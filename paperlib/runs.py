@@ -215,7 +215,7 @@ class Run:
             "stages": {**old.get("stages", {}), **{path.parent.name: path.name for path in map(Path, self.finished)}},
             "data": {"name": self.images.name, "sha256": self.data_sha256, "classes": self.images.classes},
             "revision": revision(),
-            "results": {**old.get("results", {}), notebook: results},
+            "results": dict(sorted({**old.get("results", {}), notebook: results}.items())),
             "verdicts": sorted(kept + verdicts, key=lambda verdict: verdict["claim"]),
         }
         write_text(path, json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
