@@ -9,7 +9,7 @@ import pytest
 import stages
 import verdicts
 
-from paperlib import runs
+from paperlib import andc, runs
 
 TRAINED, RANDOM = "trained", "random"
 
@@ -221,6 +221,26 @@ def test_pruned_networks(run):
     states("C4", "at {:.2f} it is {:.1f}, {:.1f}, {:.1f} and {:.1f} %.", *left)
     *_, straight, alone = verdicts.pruning(pd.concat(parts), "cifar100")
     assert (straight["verdict"], alone["verdict"]) == ("not supported", "supported")  # "supported in part"
+
+
+def test_dilution_of_single_layers(run):
+    rows = []
+    for seed in run.settings.seeds:
+        (network, _), found = stages.load_network(run, seed, TRAINED), stages.label_sets(run, seed).arrays("sets")
+        pairs = andc.connections(network, "ff")
+        for at in (0.2, 0.3):
+            masks = andc.andc_masks(stages.sets_at(at, found, pairs), pairs)
+            rows += [{"at": at, "layer": name, "dilution": andc.dilution({name: masks[name]})} for name in masks]
+            rows.append({"at": at, "layer": "all", "dilution": andc.dilution(masks)})
+    layers, ends = pd.DataFrame(rows).groupby(["at", "layer"]).dilution.mean(), []
+    for at in (0.2, 0.3):
+        for encoder in (0, 6):
+            both = [layers[at, f"classifier.blocks.{encoder}.linear{number}"] for number in (1, 2)]
+            ends += [min(both), max(both)]
+        ends.insert(-4, layers[at, "all"])
+    text = "where {:.2f} of all connections are gone, it is {:.2f} to {:.2f} of each layer of the first encoder and"
+    text += " {:.2f} to {:.2f} in the last; where {:.2f} are gone, {:.2f} to {:.2f} and {:.2f} to {:.2f}."
+    states("C4", text, *ends)
 
 
 def test_pruned_filters(run, summary):
