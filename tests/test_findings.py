@@ -1,5 +1,6 @@
 """Every number that docs/findings.md states is the one that the committed tables give."""
 
+import functools
 import math
 import re
 
@@ -152,8 +153,12 @@ def test_pruned_readouts(run):
 def test_pruned_networks(run):
     seeds, wide = run.settings.seeds, ["andc", "random", "permuted", "magnitude"]
 
+    @functools.cache  # a stage that is asked for asks for all that it was made from
+    def pruned(seed, layers, at):
+        return stages.pruned._pruning(run, seed, layers, at).table("pruning")
+
     def means(layers, at, column, seeds=seeds, wide=wide):
-        table = pd.concat([stages.pruned._pruning(run, seed, layers, at).table("pruning") for seed in seeds])
+        table = pd.concat([pruned(seed, layers, at) for seed in seeds])
         by_seed = table.groupby(["method", "seed"])[["dilution", column]].mean().groupby("method").mean()
         return by_seed.dilution.andc, *(100 * by_seed[column][wide])
 
@@ -170,7 +175,7 @@ def test_pruned_networks(run):
     four = "{:.1f}, {:.1f}, {:.1f} and {:.1f}"
     states("C4", f"at {{:.2f}} it is {four}, at {{:.2f}} {four}. So the accuracy", *lost)
     sweep = [(seed, at) for seed in seeds for at in run.settings.prune_thresholds]
-    ff = pd.concat([stages.pruned._pruning(run, seed, "ff", at).table("pruning") for seed, at in sweep])
+    ff = pd.concat([pruned(seed, "ff", at) for seed, at in sweep])
     columns = ["dilution", "loss", "retrained_loss"]
     by_seed = ff.groupby(["threshold", "seed", "method"])[columns].mean().unstack("method")
     early, again = by_seed.loss.loc[:0.3], by_seed.retrained_loss.dropna(subset="andc")
@@ -209,9 +214,7 @@ def test_pruned_networks(run):
     states("C4", "Up to a dilution of {:.2f} the usual criteria do it better, beyond it worse", lost[0.4][0])
     for at, (_, ours, *_, magnitude, activation) in lost.items():
         assert max(magnitude, activation) < ours if at <= 0.4 else min(magnitude, activation) > ours
-    parts = [
-        stages.pruned._pruning(run, seed, "classifier", at).table("pruning") for seed in seeds for at in thresholds
-    ]
+    parts = [pruned(seed, "classifier", at) for seed in seeds for at in thresholds]
     dilution, *left = means("attention", 0.3, "accuracy", seeds[:1])
     text = (
         "at a dilution of {:.2f} ANDC leaves {:.1f} %, random masks {:.1f}, permuted label sets {:.1f} and the largest"
