@@ -23,7 +23,7 @@ from paperlib.augmentation import published
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
-CURVE_POINTS = 30  # a learning curve has at most so many test accuracies
+CURVE_POINTS = 15  # a learning curve has at most so many test accuracies
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
 
 

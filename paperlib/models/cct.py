@@ -29,7 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, fused: bool
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """Attention weights (B, H, N, N), each row a distribution over the tokens attended to."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+    with torch.autocast(q.device.type, enabled=False):  # which would write bf16 maps twice more, in fp32 and back
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -52,8 +53,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split_heads(self.qkv(x))
-        # On CPUs the written-out products beat the fused kernel in bf16, and lose to it in fp32.
-        fused = not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+        # On CPUs and in bf16 the written-out products beat the fused kernel, but for many tokens and no gradients.
+        many = q.shape[2] >= 256 and not torch.is_grad_enabled()
+        fused = many or q.device.type != "cpu" or q.dtype != torch.bfloat16
         heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused)
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
@@ -82,8 +84,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rate = self.drop_path if self.training else 0.0
         x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x)), rate))
-        ff = self.dropout1(self.activation(self.linear1(x)))
-        return x + drop_path(self.dropout2(self.linear2(ff)), rate)
+        return x + drop_path(self.dropout2(self.linear2(self.dropout1(self.activation(self.linear1(x))))), rate)
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:
@@ -100,9 +101,8 @@ class Tokenizer(nn.Module):
 
     def __init__(self, kernel: int, convs: int, width: int, hidden: int = 64):
         super().__init__()
-        planes = [3] + [hidden] * (convs - 1) + [width]
         self.conv_layers = nn.Sequential()
-        for a, b in pairwise(planes):
+        for a, b in pairwise([3] + [hidden] * (convs - 1) + [width]):
             conv = nn.Conv2d(a, b, kernel, max(1, kernel // 2 - 1), max(1, kernel // 2), bias=False)
             # The reference's ReLU comes before the pooling: the same numbers and gradients from four times the work.
             self.conv_layers.append(nn.Sequential(conv, nn.MaxPool2d(3, stride=2, padding=1), nn.ReLU()))
