@@ -26,12 +26,15 @@ def recipe(run: Run) -> training.Recipe:
     return training.Recipe(**run.config(*TRAINING))
 
 
-def build_network(run: Run, seed: int) -> nn.Module:
-    """The run's network with weights freshly drawn from the seed, on the best device."""
+def build_network(run: Run, seed: int, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """The run's network with weights freshly drawn from the seed, or with these, on the best device."""
     s = run.settings
-    with training.seeded(seed, "weights"):
-        options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
+    options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
+    # Drawing weights takes longer than reading them: what is replaced is not drawn.
+    with training.seeded(seed, "weights"), torch.device("cpu" if weights is None else "meta"):
         network = models.build(s.model, len(run.images.classes), heads=s.heads or None, **options)
+    if weights is not None:
+        network.load_state_dict(weights, assign=True)
     return network.to(training.best_device(), memory_format=torch.channels_last)
 
 
@@ -74,16 +77,14 @@ def learning_curves(run: Run) -> pd.DataFrame:
 
 def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, str]]:
     """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
-    network = build_network(run, seed)
-    inputs = {"data": run.data_sha256}
+    inputs, weights = {"data": run.data_sha256}, None
     if kind != "random" and run.settings.weights == "reference":
         name = reference_name(run.settings, seed)
-        network.load_state_dict(models.load_reference(name).state_dict())
-        inputs["network"] = reference.sha256(name)
+        weights, inputs["network"] = models.load_reference(name).state_dict(), reference.sha256(name)
     elif kind != "random":
         artefact = train(run, seed)
-        network.load_state_dict(artefact.tensors("weights"))
-        inputs["network"] = artefact.sha256
+        weights, inputs["network"] = artefact.tensors("weights"), artefact.sha256
+    network = build_network(run, seed, weights)
     return network.eval().requires_grad_(False), inputs
 
 

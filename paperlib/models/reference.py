@@ -28,9 +28,7 @@ def references() -> list[str]:
 def path_of(name: str) -> Path:
     """The file of a reference; raises ValueError for a name that there is none of."""
     if name not in references():
-        raise ValueError(
-            f"there is no reference network {name!r}: use one of {', '.join(references()) or '(none yet)'}"
-        )
+        raise ValueError(f"no reference network {name!r}: use one of {', '.join(references()) or '(none yet)'}")
     return FOLDER / f"{name}.safetensors"
 
 
@@ -59,7 +57,8 @@ def load_reference(name: str) -> nn.Module:
 
     facts, path = card(name), path_of(name)
     with files.reading(path, RESTORE), safe_open(path, "pt") as file:
-        with torch.random.fork_rng(devices=[]):  # first weights are drawn, only to be replaced
+        with torch.device("meta"):  # no weights are drawn, only to be replaced
             network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
-        network.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
-    return network.to(memory_format=torch.channels_last).eval()
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        network.load_state_dict(weights, assign=True)
+    return network.float().to(memory_format=torch.channels_last).eval()
