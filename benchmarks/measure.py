@@ -42,7 +42,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}; "
           f"{options.model}, {len(x)} images, {len(places)} taps\n")  # fmt: skip
 
-    training.predict(network, x[:256], mean, std)  # warm
+    training.predict(network, x[: data.BATCH], mean, std)  # warm
     _, forward = timed(lambda: training.predict(network, x, mean, std))
 
     def sums():

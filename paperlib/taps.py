@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from paperlib.data import normalise
+from paperlib.data import BATCH, normalise
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def as_nodes(activation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def activations(
-    network: nn.Module, taps: Iterable[Tap], images: Tensor, mean: Tensor, std: Tensor, batch_size: int = 256
+    network: nn.Module, taps: Iterable[Tap], images: Tensor, mean: Tensor, std: Tensor, batch_size: int = BATCH
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of activations of uint8 images in their order, fp32, in evaluation mode: tap name -> (b, T, D)."""
     network.eval()

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from paperlib import distributed, files
 from paperlib.augmentation import published
-from paperlib.data import Images, augmented_batches, normalise
+from paperlib.data import BATCH, Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
 CURVE_POINTS = 15  # a learning curve has at most so many test accuracies
@@ -226,7 +226,7 @@ def training_step(
 
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch_size: int = 256) -> Tensor:
+def predict(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch_size: int = BATCH) -> Tensor:
     """Logits (n, L) of uint8 images, fp32, in evaluation mode."""
     network.eval()
     return torch.cat([network(normalise(batch, mean, std)) for batch in images.split(batch_size)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from verdicts import interval
 
 from paperlib import figures, heads, macroscopic, snp, taps, training
-from paperlib.data import Images, limit, normalise
+from paperlib.data import BATCH, Images, limit, normalise
 from paperlib.runs import Artefact, Run, save_table
 from stages.networks import NETWORKS, learning_curves, load_network, right_answers
 from stages.nodes import SUBSETS, matrices, readout, subset_accuracies, superclasses
@@ -155,7 +155,7 @@ def _gap(intact: Tensor, ablated: Tensor, labels: Tensor, owner: Tensor) -> floa
 
 def _ablations(network: nn.Module, images: Images, means: list[Tensor] | None = None) -> Tensor:
     """Right answers on the test images with each head silent, or at its mean: (encoders, H, n)."""
-    batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+    batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(BATCH))
     answers = [heads.ablation_logits(network, batch, means).argmax(dim=3) for batch in batches]
     return torch.cat(answers, dim=2) == images.y_test
 
@@ -274,7 +274,7 @@ def attention_maps(run: Run, labels: pd.DataFrame) -> tuple[Figure, pd.DataFrame
     rows, differences = [], []
     for encoder in sorted({1, len(network.classifier.blocks)}):
         owner = _owners(own[own.encoder == encoder], len(images.classes))
-        batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(256))
+        batches = (normalise(batch, *images.statistics) for batch in images.x_test.split(BATCH))
         received = torch.cat([heads.attention_received(network, batch, encoder) for batch in batches]).cpu()
         for head in range(received.shape[1]):
             mine = owner[images.y_test.cpu()] == head

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from verdicts import interval
 
 from paperlib import andc, figures, macroscopic, readouts, snp, taps, training
-from paperlib.data import Images, held_out
+from paperlib.data import BATCH, Images, held_out
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
 from stages.networks import ARCHITECTURE, NETWORKS, cnn_half, load_network
 
@@ -433,7 +433,7 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
 
 def labelled_batches(network: nn.Module, places: list[taps.Tap], x: Tensor, y: Tensor, images: Images):
     """Activations of some taps and labels, batch by batch."""
-    return zip(taps.activations(network, places, x, *images.statistics, batch_size=256), y.split(256), strict=True)
+    return zip(taps.activations(network, places, x, *images.statistics), y.split(BATCH), strict=True)
 
 
 def subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:

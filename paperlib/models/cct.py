@@ -29,8 +29,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, fused: bool
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """Attention weights (B, H, N, N), each row a distribution over the tokens attended to."""
-    with torch.autocast(q.device.type, enabled=False):  # which would write bf16 maps twice more, in fp32 and back
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -53,7 +52,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split_heads(self.qkv(x))
-        # On CPUs and in bf16 the written-out products beat the fused kernel, but for many tokens and no gradients.
+        # On CPUs the written-out products beat the fused kernel in bf16, but for many tokens without gradients.
         many = q.shape[2] >= 256 and not torch.is_grad_enabled()
         fused = many or q.device.type != "cpu" or q.dtype != torch.bfloat16
         heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused)
