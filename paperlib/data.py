@@ -24,7 +24,7 @@ SPLITS = {
     "flowers102": "official: 20 training images a label (training and validation split together), the rest tests",
     "flowers102-resplit": "not the official one: all images dealt anew, 6,552 train, 819 test, 818 are left out",
 }
-BATCH = 64  # images in a forward pass that only measures: larger batches are slower on CPUs, their caches being full
+BATCH = 64  # images in a forward pass that only measures: more gain nothing on CPUs (docs/speed.md)
 EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
 
 
