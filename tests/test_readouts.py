@@ -440,3 +440,19 @@ def test_filters_of_a_hand_made_layer_give_the_known_matrix():
     torch.testing.assert_close(fields, expected)
     statistics = snp.tap_statistics(snp.boolean_matrices(fields))
     assert statistics.clusters_per_node == statistics.labels_per_node == 1 and statistics.noise == 0
+
+
+@pytest.mark.parametrize("gap", [5.0, 60.0, 95.0])
+def test_gradients_are_those_of_autograd_without_denormal_numbers(gap):
+    """Probabilities of e^-95 are denormal: products with them are slow, and what they add is nothing."""
+    weight = torch.tensor([[gap, 0.0], [0.0, gap], [0.0, 0.0]])
+    weight.grad = torch.empty_like(weight)
+    features, labels = torch.eye(2), torch.tensor([0, 2])
+    loss = readouts._gradient(weight, features, 1.0, labels)
+    exact = weight.double().requires_grad_()
+    expected = F.cross_entropy(features.double() @ exact.T, labels)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach())
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-5, atol=1e-8)
+    small = weight.grad[(weight.grad != 0) & (weight.grad.abs() < torch.finfo(torch.float32).tiny)]
+    assert len(small) == 0
