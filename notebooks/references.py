@@ -78,8 +78,7 @@ def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
                for key, value in trained.tensors("weights").items()}  # fmt: skip
     if not all(value.isfinite().all() for value in weights.values()):
         sys.exit(f"{name}: a weight is too large for half precision")
-    network = stages.build_network(run, seed)
-    network.load_state_dict(weights)
+    network = stages.build_network(run, seed, weights).float()
     accuracy, by_label = scores(network, images)
     seconds = json.loads((trained.folder / "seconds.json").read_text(encoding="utf-8"))
     environment = runs.environment()

@@ -433,7 +433,7 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
 
 def labelled_batches(network: nn.Module, places: list[taps.Tap], x: Tensor, y: Tensor, images: Images):
     """Activations of some taps and labels, batch by batch."""
-    return zip(taps.activations(network, places, x, *images.statistics), y.split(BATCH), strict=True)
+    return zip(taps.activations(network, places, x, *images.statistics, BATCH), y.split(BATCH), strict=True)
 
 
 def subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:

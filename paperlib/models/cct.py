@@ -83,7 +83,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rate = self.drop_path if self.training else 0.0
         x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x)), rate))
-        return x + drop_path(self.dropout2(self.linear2(self.dropout1(self.activation(self.linear1(x))))), rate)
+        ff = self.dropout1(self.activation(self.linear1(x)))
+        return x + drop_path(self.dropout2(self.linear2(ff)), rate)
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:

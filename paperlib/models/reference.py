@@ -59,6 +59,5 @@ def load_reference(name: str) -> nn.Module:
     with files.reading(path, RESTORE), safe_open(path, "pt") as file:
         with torch.device("meta"):  # no weights are drawn, only to be replaced
             network = build(facts["model"], facts["num_classes"], facts["image_size"], **facts["cct_options"])
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        network.load_state_dict(weights, assign=True)
+        network.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118 (not a dict)
     return network.float().to(memory_format=torch.channels_last).eval()
