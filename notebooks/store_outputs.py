@@ -1,6 +1,6 @@
 """Put the results of a finished `./run_all.sh [PROFILE]` where readers find them.
 
-python notebooks/store_outputs.py [PROFILE] [--unfinished]
+python notebooks/store_outputs.py [PROFILE] [--unfinished | --figures-only]
 
 quick (the default): notebooks keep their cells and take the outputs of the executed copies in the run folder; copies
 with other cells or parameters are refused. Other profiles: the executed notebooks become pages for readers without a
@@ -9,7 +9,9 @@ figures/<profile>/stages, which later walks and notebooks/regenerate.py take the
 are made anew: of verdicts from the profile's summary.json, of reference networks from their cards.
 
 A walk of hours can be computed in several sittings: with --unfinished, the stages that are done are stored, no more;
-and a walk of some notebooks (--only) is stored with the claims of the others as not measured yet.
+and a walk of some notebooks (--only) is stored with the claims of the others as not measured yet. With --figures-only,
+figures, tables and summary.json stay alone, without pages and stages, where those would make the repository too large:
+such results can be looked at, and made anew by a walk, but not regenerated without images.
 """
 
 import argparse
@@ -176,7 +178,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("profile", nargs="?", default="quick", choices=parameters.profiles())
-    result.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
+    how = result.add_mutually_exclusive_group()
+    how.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
+    how.add_argument("--figures-only", action="store_true", help="store neither pages nor stages")
     return result
 
 
@@ -205,6 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
                 nbformat.write(notebook, path)
         elif summary["config"]["weights"] != "reference":
             raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
+        elif options.figures_only:
+            if summary["config"] != parameters.load_settings(profile).model_dump():
+                raise ValueError("the walk had other settings than the profile: run it without --set")
         else:
             store_pages(executed_notebooks(profile, summary["results"]), figures / "pages")
             whole = summary["results"].keys() >= {path.stem for path in notebook_files()}

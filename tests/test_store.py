@@ -217,3 +217,24 @@ def test_storing_some_notebooks_keeps_the_stages_of_the_others(folders, monkeypa
         monkeypatch.setattr(store_outputs, "executed_notebooks", lambda profile, names: {})
         store_outputs.main(["cifar100-cpu"])
         assert {path.name for path in (figures / "stages").iterdir() if any(path.iterdir())} == kept
+
+
+def test_figures_are_stored_alone_where_the_repository_is_full(folders, monkeypatch):
+    """Tables are made, pages and stages are not; figures of a walk with other settings are refused."""
+    figures, readme = folders / "figures" / "flowers102-cpu", folders / "README.md"
+    settings = parameters.load_settings("flowers102-cpu")
+    monkeypatch.setattr(runs, "root", lambda: folders)
+    monkeypatch.setattr(parameters, "profiles", lambda: ["flowers102-cpu"])
+    monkeypatch.setattr(parameters, "load_settings", lambda name: settings)
+    figures.mkdir(parents=True)
+    readme.write_text("\n".join((*store_outputs.REFERENCES, *store_outputs.MARKS)).format("flowers102-cpu"))
+    summary = {"profile": "flowers102-cpu", "stages": {"snr-trained-seed0": "key"}, "results": {}, "verdicts": []}
+    for config, code in (({"held_out": 0.4}, "store_outputs: the walk had other settings"), ({}, 0)):
+        (figures / "summary.json").write_text(json.dumps(summary | {"config": settings.model_dump() | config}))
+        try:
+            found = store_outputs.main(["flowers102-cpu", "--figures-only"])
+        except SystemExit as error:
+            found = error.code.partition(" than")[0]
+        assert found == code
+        assert ("not measured yet" in readme.read_text()) == (code == 0)
+    assert [path.name for path in figures.iterdir()] == ["summary.json"]
