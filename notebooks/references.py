@@ -103,12 +103,13 @@ def page(name: str) -> str:
     """The card of a reference as Markdown."""
     facts = reference.card(name)
     environment, recipe = facts["environment"], facts["recipe"]
+    unused = ("epochs", *(("shift", "flip") if recipe["augmentation"] == "published" else ()))  # epochs: said above
     return CARD.format(
         **facts, name=name, epochs=recipe["epochs"], torch=environment["torch"],
         parameters=sum(p.numel() for p in models.load_reference(name).parameters()),
         split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"].removesuffix("-resplit")],
         machine=environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
-        recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key != "epochs"),
+        recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key not in unused),
         curve_rows="\n".join(f"| {row['epoch']} | {row['loss']:.3f} | {row['test_accuracy']:.2%} |"
                              for row in facts["curve"] if row["test_accuracy"] is not None),
     )  # fmt: skip
