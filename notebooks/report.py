@@ -71,8 +71,8 @@ CAPTIONS = {
         "Nodes permuted among heads; random weights; owners dealt at random.",
     ),
     "cooperation": (
-        "04", "C5", "Accuracy of random sets of nodes within one head and across heads.",
-        "Dotted: the sum of what the single nodes give.",
+        "04", "C5", "How well sets of a head's nodes recognise the head's own labels, and which of these it is.",
+        "Grey: nodes dealt to as many heads at random, on labels of their own.",
     ),
     "attention_maps": (
         "04", "C5", "Attention received by each token, for images of a head's own labels and of others.",

@@ -342,24 +342,24 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
 
 @plt.rc_context(STYLE)
 def cooperation(table: pd.DataFrame, data: str) -> Figure:
-    """Accuracy of random subsets of nodes, within a head and across heads, against their number; dotted: what single
-    nodes would give if they added up. First, middle and last encoder (`stages.cooperation`)."""
+    """How well sets of nodes of a head recognise the head's own labels, and which of these it is, against their number;
+    grey: the same with nodes dealt to heads; dotted: single nodes added up. First, middle and last encoder."""
     every = sorted(table.encoder.unique())
     encoders = sorted({every[0], every[(len(every) - 1) // 2], every[-1]})
-    figure = plt.figure(figsize=(1.2 + 2.4 * len(encoders), 2.8))
-    axes = figure.subplots(1, len(encoders), sharey=True, squeeze=False)
-    for axis, encoder in zip(axes[0], encoders, strict=True):
-        part = table[table.encoder == encoder]
-        for nodes, colour in (("head", COLOURS[1]), ("across", COLOURS[0])):
-            grouped = part[part.nodes == nodes].groupby("size")[["accuracy", "singles"]]
-            mean, spread = 100 * grouped.mean(), 100 * grouped.std()
-            axis.errorbar(mean.index, mean.accuracy, spread.accuracy, fmt="o-", ms=3, color=colour, label=nodes)
-            axis.plot(mean.index, mean.singles, ":", color=colour)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel=f"nodes of encoder {encoder}")
+    figure = plt.figure(figsize=(1.2 + 2.4 * len(encoders), 4.6))
+    axes = figure.subplots(2, len(encoders), sharex=True, sharey="row", squeeze=False)
+    for column, encoder in enumerate(encoders):
+        for nodes, colour in (("dealt", "grey"), ("head", COLOURS[1])):
+            sizes = table[(table.encoder == encoder) & (table.nodes == nodes)].groupby("size")
+            mean, spread = (100 * part for part in (sizes.mean(numeric_only=True), sizes.std(numeric_only=True)))
+            for axis, name in zip(axes[:, column], ("own", "choice"), strict=True):
+                axis.errorbar(mean.index, mean[name], spread[name], fmt="o-", ms=3, color=colour, label=nodes)
+            axes[0, column].plot(mean.index, mean.singles, ":", color=colour)
+        axes[1, column].set(xscale="log", xlabel=f"nodes of encoder {encoder}")
     axes[0, 0].plot([], [], ":", color="grey", label="single nodes\nadded up")
-    axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 110 * table.accuracy.max()))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="nodes from")
+    axes[0, 0].set(ylabel="own labels recognised (%)", ylim=(0, 115 * table.own.max()))
+    axes[1, 0].set(ylabel="own above other own (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="nodes of a")
     return _stamped(figure, f"{data}, attn nodes, bars: deviation over draws", data, table)
 
 

@@ -298,9 +298,6 @@ def test_experts(run, summary):
     states("C5", "({:.2f} to {:.2f}; chance {:.2f}, at most {:.2f} in 97.5 %)", *agreement)
     shares = grouped.same_owner.min(), grouped.same_owner.max(), grouped.dealt.min(), grouped.dealt.max()
     states("C5", "in {:.0f} to {:.0f} % of pairs (dealt: {:.0f} to {:.0f} %)", *(100 * share for share in shares))
-    together = last(stages.cooperation(run)).query("size == 64").groupby("nodes").accuracy.mean()
-    states("C5", "64 nodes of one head answer {:.0f} % of all", 100 * together["head"])
-    states("C5", "across the heads {:.0f} %", 100 * together["across"])
 
 
 def test_accuracy_from_nodes(run, summary):

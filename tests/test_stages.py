@@ -277,6 +277,68 @@ def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folder
     assert bars[0] == row.tied and sum(bars) == recognised == len(run.images.classes) - row.unrecognised
 
 
+def test_answers_of_sets_are_those_of_a_loop_over_sets_and_images():
+    """Ties (a silent set) count half; a set with one label of its own has nothing to choose from."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((30, 4, 6), (5, 4, 6)))
+    own = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]]) > 0
+    sets = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]) > 0
+    found = stages.division.set_answers(x, weight, y := torch.arange(30) % 5, sets, own)
+    assert found.shape == (2, 4, 5)
+    for index, (members, mine) in enumerate(zip(sets, own, strict=True)):
+        fields = (x * members).flatten(1) @ weight.flatten(1).T
+        for label in range(5):
+            rows = fields[y == label]
+            assert found[0, index, label] == (rows.argmax(dim=1) == label).sum()
+            others = [other for other in range(5) if mine[other] and other != label]
+            if mine[label] and others:
+                wins = [(row[label] > row[o]) + 0.5 * (row[label] == row[o]) for row in rows for o in others]
+                assert found[1, index, label].item() == pytest.approx(sum(map(float, wins)) / len(others), rel=1e-5)
+    assert found[1, 2].isnan().all() and found[1, 3].unique().item() == pytest.approx(3.0)
+
+
+def test_choice_does_not_see_a_shift_towards_own_labels():
+    """One node says the same about all images, in favour of the first two labels: recall of these rises, choice not."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((400, 1, 5), (4, 1, 5)))
+    fields = x[..., :4].flatten(1) @ weight[..., :4].flatten(1).T
+    y = (fields + 3 * torch.randn(400, 4, generator=generator)).argmax(dim=1)
+    x[..., 4], weight[..., 4] = 1.0, torch.tensor([2.0, 2.0, 0.0, 0.0])[:, None]
+    sets = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]) > 0
+    right, choice = stages.division.set_answers(x, weight, y, sets, torch.tensor([[1, 1, 0, 0]] * 2) > 0)[:, :, :2]
+    assert (right[1] > 1.1 * right[0]).all() and torch.equal(choice[0], choice[1])
+
+
+def test_nodes_are_dealt_to_heads_whole():
+    groups = stages.division.groupings(12, 3, torch.Generator().manual_seed(0))
+    assert groups.shape == (stages.division.ORDERS + stages.division.DEALINGS, 3, 4)
+    assert (groups.flatten(1).sort().values == torch.arange(12)).all()
+    own = groups[: stages.division.ORDERS] // 4 == torch.arange(3)[:, None]
+    assert own.all() and not (groups[stages.division.ORDERS :] // 4 == torch.arange(3)[:, None]).all(dim=(1, 2)).any()
+    assert len(groups.unique(dim=0)) == len(groups)
+
+
+@pytest.mark.slow
+def test_a_whole_head_recognises_its_own_labels_as_when_heard_alone(folders):
+    """Two ways to one number: sets of nodes, and the readout with the other heads silenced."""
+    few = CUT | {"limit": 600, "taps": ["attn", "block"], "taps_once": [], "prune_attention": False, "permutations": 20}
+    run = parameters.open_run("quick", few)
+    table, labels = stages.cooperation(run), stages.head_division(run)[0]
+    whole = table[table["size"] == table["size"].max()]
+    trained = labels[labels.network == "trained"]
+    for owners, name in ((trained.owner_unseen == True, "own"), (trained.owner_unseen == False, "others")):  # noqa: E712
+        part = trained[owners & trained.groupby(["encoder", "label"]).owner_unseen.transform("any")]
+        expected = part.groupby("encoder").alone_accuracy.mean()
+        found = whole[whole.nodes == "head"].groupby("encoder")[name]
+        for value in (found.min(), found.max()):  # in whatever order nodes joined
+            assert value.to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
+    assert table[table["size"] == 1].eval("own - singles").abs().max() < 1e-5
+    summary, dealt = stages.summary_of_cooperation(table), whole[whole.nodes == "dealt"].groupby("encoder")
+    assert summary.own.to_numpy() == pytest.approx(whole[whole.draw == 0].own.to_numpy())
+    assert summary.own_dealt.to_numpy() == pytest.approx(dealt.own.mean().to_numpy())
+    assert summary.choice_high.to_numpy() == pytest.approx(dealt.choice.quantile(0.975).to_numpy())
+
+
 @pytest.mark.slow
 def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(folders):
     few = CUT | {"limit": 300, "taps": ["attn", "block"], "prune_thresholds": [0.4], "prune_attention": False}

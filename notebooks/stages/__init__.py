@@ -13,6 +13,7 @@ from stages.division import (
     more_heads,
     owners_of_superclasses,
     stability,
+    summary_of_cooperation,
     summary_of_heads,
 )
 from stages.networks import NETWORKS, build_network, cnn_half, learning_curves, load_network, recipe, train

@@ -15,8 +15,10 @@ from paperlib import figures, heads, macroscopic, snp, taps, training
 from paperlib.data import BATCH, Images, limit, normalise
 from paperlib.runs import Artefact, Run, save_table
 from stages.networks import NETWORKS, learning_curves, load_network, right_answers
-from stages.nodes import SUBSETS, matrices, readout, subset_accuracies, superclasses
+from stages.nodes import labelled_batches, matrices, readout, superclasses
 
+ORDERS = 5  # orders in which the nodes of a head join its sets
+DEALINGS = 100  # ways to deal an encoder's nodes to heads at random
 HEAD_COLUMNS = [
     "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
     "gap_null_high", "gap_same_images", "first_mean_gap",
@@ -169,10 +171,15 @@ def _means(network: nn.Module, images: Images) -> list[Tensor]:
 
 
 def cooperation(run: Run) -> pd.DataFrame:
-    """Stage for every seed: accuracy of random subsets of `attn` nodes, taken within one head or across heads.
+    """Stage for every seed: how well sets of a head's nodes recognise the labels that the head owns, and the same when
+    the encoder's nodes are dealt to as many heads at random, which then own labels by the same count. Owners are
+    counted on held-out training images, answers on the test images.
 
-    seed, encoder, size (nodes), nodes (`head` or `across`), head (-1 across), draw, accuracy on the test images (0..1),
-    singles (what the accuracies of the single nodes would give if they added up: 1/L + sum of (accuracy - 1/L)).
+    seed, encoder, nodes (`head` or `dealt`), draw, size (nodes of a set; the largest are whole heads), and as means
+    over the labels that have an owner: own (share of a label's images that nodes of its owner answer rightly), others
+    (that nodes of another head do), singles (what `own` would be if single nodes added up: 1/L + the sum of what each
+    has above 1/L), choice (share of the owner's other labels that get a smaller field than the image's own: 0.5 by
+    chance, and blind to a shift of all answers towards a head's labels).
     """
     return pd.concat([_cooperation(run, seed).table("cooperation") for seed in run.settings.seeds], ignore_index=True)
 
@@ -182,38 +189,86 @@ def _cooperation(run: Run, seed: int) -> Artefact:
     network, inputs = load_network(run, seed, "trained")
 
     def make(folder: Path) -> None:
-        images = run.images.to(training.best_device())
-        places, chance, rows = taps.cct_taps(network, ["attn"]), 1 / len(images.classes), []
-        read = source.tensors("weights")
-        weights = {place.name: read[place.name].to(images.x_test.device) for place in places}
-        described, subsets = {}, {}
+        images, parts = run.images.to(training.best_device()), []
+        x, y, L = images.x_test, images.y_test, len(images.classes)
+        places, read = taps.cct_taps(network, ["attn"]), source.tensors("weights")
+        weights = {place.name: read[place.name].to(x.device) for place in places}
+        held = source.tensors("fields_held_out")
+        sets, own = {}, {}
         for place in places:
-            nodes, width = weights[place.name].shape[2], weights[place.name].shape[2] // place.heads
-            sizes = sorted({*(2**power for power in range(12) if 2**power < width), width})
-            generator = training.generator(seed, "cooperation", place.name)
-            described[place.name], chosen = [], [torch.eye(nodes, dtype=torch.bool)]
-            for head in range(-1, place.heads):
-                draws = SUBSETS if head < 0 else -(-SUBSETS // place.heads)
-                within = macroscopic.random_subsets(nodes if head < 0 else width, sizes, draws, generator)
-                some = torch.zeros(len(within), nodes, dtype=torch.bool)
-                some[:, slice(None) if head < 0 else slice(head * width, (head + 1) * width)] = within
-                chosen.append(some)
-                described[place.name] += [(head, size, draw) for size in sizes for draw in range(draws)]
-            subsets[place.name] = torch.cat(chosen).to(images.x_test.device)
-        found = subset_accuracies(network, places, images.x_test, images.y_test, images, weights, subsets)
+            recognised = snp.diagonal_labels(snp.boolean_matrices(held[place.name], run.settings.threshold))
+            nodes = len(recognised)  # as many in every encoder
+            order = groupings(nodes, place.heads, training.generator(seed, "cooperation", place.name))
+            owner = torch.stack([heads.assign_labels(group.sum(dim=1)).owner for group in recognised[order]])
+            own[place.name] = (owner[:, None] == torch.arange(place.heads)[:, None]).to(x.device)  # (G, H, L)
+            width = order.shape[2]
+            sizes = sorted({*(4**power for power in range(6) if 4**power < width), width})
+            nobody = torch.zeros(*order.shape[:2], nodes, dtype=torch.bool)
+            members = [nobody.scatter(2, order[..., :size], True) for size in sizes]
+            sets[place.name] = torch.stack(members, dim=2).to(x.device)  # (G, H, sizes, D)
+        single, every = (torch.eye(nodes, dtype=torch.bool, device=x.device), y.new_ones(nodes, L).bool())
+        sums, alone = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+        for batch, labels in labelled_batches(network, places, x, y, images):
+            for name, weight in weights.items():
+                mine = own[name].repeat_interleave(len(sizes), dim=1).flatten(0, 1)
+                sums[name] += set_answers(batch[name], weight, labels, sets[name].flatten(0, 2), mine)
+                alone[name] += set_answers(batch[name], weight, labels, single, every)
         for place in places:
-            nodes, accuracies = weights[place.name].shape[2], found[place.name]
-            alone = accuracies[:nodes] - chance
-            for (head, size, draw), subset, accuracy in zip(
-                described[place.name], subsets[place.name][nodes:].cpu(), accuracies[nodes:], strict=True
-            ):
-                row = {"seed": seed, "encoder": place.encoder, "size": size, "head": head, "draw": draw}
-                row |= {"nodes": "across" if head < 0 else "head", "accuracy": accuracy.item()}
-                rows.append(row | {"singles": chance + alone[subset].sum().item()})
-        save_table(folder / "cooperation.csv", rows)
+            chosen, mine = sets[place.name].cpu(), own[place.name].cpu()[:, :, None]
+            owned, counts = mine.any(dim=1), y.bincount(minlength=L)
+            right, choice = (sums[place.name] / counts).cpu().unflatten(1, chosen.shape[:3])  # (G, H, sizes, L)
+            singles = 1 / L + chosen.float() @ ((alone[place.name][0] / counts).cpu() - 1 / L)
 
-    config = {"seed": seed, "subsets": SUBSETS}
-    return run.stage(f"cooperation-seed{seed}", 1, config, inputs | {"readouts": source.sha256}, make)
+            def mean(values: Tensor, whose: Tensor, owned: Tensor = owned) -> Tensor:
+                return values.where(whose, 0).sum(dim=1).where(owned, torch.nan).nanmean(dim=2).flatten()
+
+            found = {"own": mean(right, mine), "others": mean(right, ~mine) / max(1, place.heads - 1)}
+            found |= {"singles": mean(singles, mine), "choice": mean(choice, mine)}
+            draws = torch.arange(len(chosen)).repeat_interleave(len(sizes))
+            part = pd.DataFrame({"draw": draws, "size": sizes * len(chosen), **found}).round(6)
+            part.insert(0, "nodes", ["head" if draw < ORDERS else "dealt" for draw in draws])
+            parts.append(part.assign(seed=seed, encoder=place.encoder))
+        save_table(folder / "cooperation.csv", pd.concat(parts))
+
+    config = run.config("threshold") | {"seed": seed, "groupings": [ORDERS, DEALINGS]}
+    return run.stage(f"cooperation-seed{seed}", 2, config, inputs | {"readouts": source.sha256}, make)
+
+
+def groupings(nodes: int, num_heads: int, generator: torch.Generator) -> Tensor:
+    """Ways to split an encoder's nodes into heads, each head's nodes in a random order: (G, H, D/H), where the first
+    ORDERS are the network's own heads and the other DEALINGS are dealt at random."""
+    width = nodes // num_heads
+    within = torch.rand(ORDERS, num_heads, width, generator=generator).argsort(dim=2)
+    dealt = torch.rand(DEALINGS, nodes, generator=generator).argsort(dim=1).unflatten(1, (num_heads, width))
+    return torch.cat([within + width * torch.arange(num_heads)[:, None], dealt])
+
+
+def set_answers(activations: Tensor, weight: Tensor, labels: Tensor, sets: Tensor, own: Tensor) -> Tensor:
+    """What sets of nodes answer, added up over the images of each label: (2, S, L). First, how many images are answered
+    rightly; second, the share of the set's other own labels with a smaller field than the image's (ties count half; nan
+    for sets with one). Activations (n, T, D), readout (L, T, D), labels (n,), sets (S, D) bool, own labels (S, L) bool.
+    """
+    fields = macroscopic.node_fields(activations, weight)
+    fields = (sets.to(fields) @ fields.flatten(1)).unflatten(1, fields.shape[1:])  # (S, n, L)
+    right = fields.argmax(dim=2) == labels
+    target = fields.gather(2, labels.expand(len(sets), -1)[:, :, None])
+    below = sum((part & own[:, None]).sum(dim=2) for part in (fields < target, fields <= target)) / 2 - 0.5
+    others = own.sum(dim=1, keepdim=True) - 1.0
+    found = torch.stack([right.to(fields), below / others.where(others > 0, torch.nan)])
+    return found.new_zeros(2, len(sets), len(weight)).index_add_(2, labels, found)
+
+
+def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
+    """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of dealt nodes, with the
+    97.5 % quantile over dealings of what one network gives, and others."""
+    whole = table[table["size"] == table["size"].max()]
+    by_seed = whole.groupby(["nodes", "encoder", "seed"])[["own", "choice", "others"]]
+    mean = by_seed.mean().groupby(level=["nodes", "encoder"]).mean()
+    high = by_seed.quantile(0.975).groupby(level=["nodes", "encoder"]).mean().loc["dealt"]
+    columns = {"others": mean.loc["head"].others}
+    for name in ("own", "choice"):
+        columns |= {name: mean.loc["head"][name], f"{name}_dealt": mean.loc["dealt"][name], f"{name}_high": high[name]}
+    return pd.DataFrame(columns)
 
 
 def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
