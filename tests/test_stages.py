@@ -324,7 +324,7 @@ def test_a_whole_head_recognises_its_own_labels_as_when_heard_alone(folders):
     few = CUT | {"limit": 600, "taps": ["attn", "block"], "taps_once": [], "prune_attention": False, "permutations": 20}
     run = parameters.open_run("quick", few)
     table, labels = stages.cooperation(run), stages.head_division(run)[0]
-    whole = table[table["size"] == table["size"].max()]
+    whole, everyone = table[table.whole], table[table["size"] == table["size"].max()]
     trained = labels[labels.network == "trained"]
     for owners, name in ((trained.owner_unseen == True, "own"), (trained.owner_unseen == False, "others")):  # noqa: E712
         part = trained[owners & trained.groupby(["encoder", "label"]).owner_unseen.transform("any")]
@@ -336,6 +336,8 @@ def test_a_whole_head_recognises_its_own_labels_as_when_heard_alone(folders):
     summary, dealt = stages.summary_of_cooperation(table), whole[whole.nodes == "dealt"].groupby("encoder")
     assert summary.own.to_numpy() == pytest.approx(whole[whole.draw == 0].own.to_numpy())
     assert summary.own_dealt.to_numpy() == pytest.approx(dealt.own.mean().to_numpy())
+    assert whole["size"].nunique() == 1 and (everyone["size"] > whole["size"].max()).all()
+    assert everyone.groupby(["nodes", "encoder"]).own.std().loc["head"].max() < 1e-6  # all nodes, the same labels
     assert summary.choice_high.to_numpy() == pytest.approx(dealt.choice.quantile(0.975).to_numpy())
 
 

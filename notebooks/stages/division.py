@@ -175,8 +175,9 @@ def cooperation(run: Run) -> pd.DataFrame:
     the encoder's nodes are dealt to as many heads at random, which then own labels by the same count. Owners are
     counted on held-out training images, answers on the test images.
 
-    seed, encoder, nodes (`head` or `dealt`), draw, size (nodes of a set; the largest are whole heads), and as means
-    over the labels that have an owner: own (share of a label's images that nodes of its owner answer rightly), others
+    seed, encoder, nodes (`head` or `dealt`), draw, size (nodes of a set), whole (bool: all nodes of a head; with more,
+    all of the encoder, asked about the same labels: some heads' labels are harder than others'), and as means over the
+    labels that have an owner: own (share of a label's images that nodes of its owner answer rightly), others
     (that nodes of another head do), singles (what `own` would be if single nodes added up: 1/L + the sum of what each
     has above 1/L), choice (share of the owner's other labels that get a smaller field than the image's own: 0.5 by
     chance, and blind to a shift of all answers towards a head's labels).
@@ -202,9 +203,9 @@ def _cooperation(run: Run, seed: int) -> Artefact:
             owner = torch.stack([heads.assign_labels(group.sum(dim=1)).owner for group in recognised[order]])
             own[place.name] = (owner[:, None] == torch.arange(place.heads)[:, None]).to(x.device)  # (G, H, L)
             width = order.shape[2]
-            sizes = sorted({*(4**power for power in range(6) if 4**power < width), width})
+            sizes = sorted({*(4**power for power in range(6) if 4**power < width), width, nodes})
             nobody = torch.zeros(*order.shape[:2], nodes, dtype=torch.bool)
-            members = [nobody.scatter(2, order[..., :size], True) for size in sizes]
+            members = [nobody.scatter(2, order[..., :size], True) if size <= width else ~nobody for size in sizes]
             sets[place.name] = torch.stack(members, dim=2).to(x.device)  # (G, H, sizes, D)
         single, every = (torch.eye(nodes, dtype=torch.bool, device=x.device), y.new_ones(nodes, L).bool())
         sums, alone = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
@@ -226,12 +227,12 @@ def _cooperation(run: Run, seed: int) -> Artefact:
             found |= {"singles": mean(singles, mine), "choice": mean(choice, mine)}
             draws = torch.arange(len(chosen)).repeat_interleave(len(sizes))
             part = pd.DataFrame({"draw": draws, "size": sizes * len(chosen), **found}).round(6)
-            part.insert(0, "nodes", ["head" if draw < ORDERS else "dealt" for draw in draws])
-            parts.append(part.assign(seed=seed, encoder=place.encoder))
+            part["nodes"] = ["head" if draw < ORDERS else "dealt" for draw in draws]
+            parts.append(part.assign(seed=seed, encoder=place.encoder, whole=part["size"] == width))
         save_table(folder / "cooperation.csv", pd.concat(parts))
 
     config = run.config("threshold") | {"seed": seed, "groupings": [ORDERS, DEALINGS]}
-    return run.stage(f"cooperation-seed{seed}", 2, config, inputs | {"readouts": source.sha256}, make)
+    return run.stage(f"cooperation-seed{seed}", 3, config, inputs | {"readouts": source.sha256}, make)
 
 
 def groupings(nodes: int, num_heads: int, generator: torch.Generator) -> Tensor:
@@ -260,15 +261,17 @@ def set_answers(activations: Tensor, weight: Tensor, labels: Tensor, sets: Tenso
 
 def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
     """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of dealt nodes, with the
-    97.5 % quantile over dealings of what one network gives, and others."""
-    whole = table[table["size"] == table["size"].max()]
+    97.5 % quantile over dealings of what one network gives, and others; last what all nodes together choose among the
+    same labels: how hard these are."""
+    whole = table[table.whole]
     by_seed = whole.groupby(["nodes", "encoder", "seed"])[["own", "choice", "others"]]
     mean = by_seed.mean().groupby(level=["nodes", "encoder"]).mean()
     high = by_seed.quantile(0.975).groupby(level=["nodes", "encoder"]).mean().loc["dealt"]
     columns = {"others": mean.loc["head"].others}
     for name in ("own", "choice"):
         columns |= {name: mean.loc["head"][name], f"{name}_dealt": mean.loc["dealt"][name], f"{name}_high": high[name]}
-    return pd.DataFrame(columns)
+    everyone = table[table["size"] == table["size"].max()].groupby(["nodes", "encoder"]).choice.mean()
+    return pd.DataFrame(columns | {"choice_all": everyone.loc["head"], "choice_all_dealt": everyone.loc["dealt"]})
 
 
 def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
