@@ -346,8 +346,7 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
     grey: the same with nodes dealt to heads; dotted: single nodes added up. First, middle and last encoder."""
     every = sorted(table.encoder.unique())
     encoders = sorted({every[0], every[(len(every) - 1) // 2], every[-1]})
-    figure = plt.figure(figsize=(1.2 + 2.4 * len(encoders), 4.6))
-    axes = figure.subplots(2, len(encoders), sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(encoders), figsize=(8.4, 4.6), sharex=True, sharey="row", squeeze=False)
     for column, encoder in enumerate(encoders):
         for nodes, colour in (("dealt", "grey"), ("head", COLOURS[1])):
             sizes = table[(table.encoder == encoder) & (table.nodes == nodes)].groupby("size")
@@ -355,7 +354,8 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
             for axis, name in zip(axes[:, column], ("own", "choice"), strict=True):
                 axis.errorbar(mean.index, mean[name], spread[name], fmt="o-", ms=3, color=colour, label=nodes)
             axes[0, column].plot(mean.index, mean.singles, ":", color=colour)
-        axes[1, column].set(xscale="log", xlabel=f"nodes of encoder {encoder}")
+        axes[1, column].set_xscale("log", base=4, subs=[])
+        axes[1, column].set(xlabel=f"nodes of encoder {encoder}", xticks=mean.index, xticklabels=mean.index)
     axes[0, 0].plot([], [], ":", color="grey", label="single nodes\nadded up")
     axes[0, 0].set(ylabel="own labels recognised (%)", ylim=(0, 115 * table.own.max()))
     axes[1, 0].set(ylabel="own above other own (%)")

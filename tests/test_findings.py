@@ -298,6 +298,24 @@ def test_experts(run, summary):
     states("C5", "({:.2f} to {:.2f}; chance {:.2f}, at most {:.2f} in 97.5 %)", *agreement)
     shares = grouped.same_owner.min(), grouped.same_owner.max(), grouped.dealt.min(), grouped.dealt.max()
     states("C5", "in {:.0f} to {:.0f} % of pairs (dealt: {:.0f} to {:.0f} %)", *(100 * share for share in shares))
+    table = stages.cooperation(run)
+    means = last(table).groupby(["nodes", "size"]).mean(numeric_only=True)
+    whole, all_nodes, few = (means.xs(size, level="size") for size in (64, 256, 16))
+    high = last(pd.DataFrame(results["cooperation"])).iloc[0]
+    states("C5", "the 64 nodes of a head answer {:.0f} % of the images of its own labels", 100 * whole.own["head"])
+    states("C5", "by the same count, {:.0f} % (at most {:.0f} %", 100 * whole.own["dealt"], 100 * high.own_high)
+    along = stages.summary_of_cooperation(table)
+    assert along.index[along.own > along.own_high].tolist() == [2, 6, 7]  # "in the sixth encoder and ... the second"
+    assert (along.own - along.own_high)[2] < (along.own - along.own_high)[6]  # "less"
+    others = 100 * whole.others["head"], 100 * whole.others["dealt"]
+    states("C5", "the nodes of a head answer {:.0f} % rightly, dealt ones {:.0f} %", *others)
+    choice = [100 * share for share in (whole.choice["head"], whole.choice["dealt"], high.choice_high)]
+    states("C5", "in {:.1f} % of cases, dealt nodes in {:.1f} % (at most {:.1f})", *choice)
+    states("C5", "(all nodes together {:.1f} and {:.1f} %)", *(100 * all_nodes.choice[["head", "dealt"]]))
+    states("C5", "(16 nodes: {:.1f} against {:.1f} %)", *(100 * few.choice[["head", "dealt"]]))
+    assert (means.own <= means.singles + 1e-6).all()  # "More than the sum of single nodes no set of them gets"
+    sums = [100 * few[name][nodes] for nodes in ("head", "dealt") for name in ("own", "singles")]
+    states("C5", "16 nodes of a head answer {:.0f} %, added up {:.0f} %; dealt, {:.0f} and {:.0f} %", *sums)
 
 
 def test_accuracy_from_nodes(run, summary):
