@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from paperlib import runs
 from paperlib.models import cct
 
 # The same examples every time, and no time limit for one: machines differ, and the first call of an operation is slow.
@@ -15,6 +17,15 @@ settings.register_profile("paperlib", derandomize=True, database=None, deadline=
 settings.load_profile("paperlib")
 
 os.environ["PAPERLIB_HEADLESS"] = "1"
+
+
+@pytest.fixture
+def quick_figures(tmp_path):
+    """What a walk of `quick` leaves in figures/: its summary, and pictures and tables of the same names."""
+    ignored = shutil.ignore_patterns("stages", "pages")
+    folder = shutil.copytree(runs.root() / "figures" / "cifar100-cpu", tmp_path / "quick", ignore=ignored)
+    shutil.copy(runs.root() / "figures" / "quick" / "summary.json", folder)
+    return folder
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ def watched(browser):
 
 
 @pytest.mark.slow
-def test_the_report_opens_quietly(browser, tmp_path):
-    folder = shutil.copytree(runs.root() / "figures" / "quick", tmp_path / "quick")
+def test_the_report_opens_quietly(browser, tmp_path, quick_figures):
+    folder = quick_figures
     summary = json.loads((folder / "summary.json").read_text())
     summary["data"]["name"] = summary["verdicts"][0]["statistic"] = HOSTILE
     (folder / "summary.json").write_text(json.dumps(summary))

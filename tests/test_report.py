@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import report
@@ -12,15 +11,10 @@ from paperlib import runs
 HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(runs.root() / "figures" / "quick", tmp_path / "quick")
-
-
-def test_the_report_has_every_figure_table_and_setting(folder):
-    html = report.page("quick", folder)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert html.count("<figure") == len(list(folder.glob("*.png"))) == html.count('download="') - 1
+def test_the_report_has_every_figure_table_and_setting(quick_figures):
+    html = report.page("quick", quick_figures)
+    summary = json.loads((quick_figures / "summary.json").read_text())
+    assert html.count("<figure") == len(list(quick_figures.glob("*.png"))) == html.count('download="') - 1
     for name in summary["config"]:
         assert f"<td>{name}</td>" in html
     for row in summary["verdicts"]:
@@ -28,39 +22,39 @@ def test_the_report_has_every_figure_table_and_setting(folder):
     assert "Choices" in html and "Unknown" in html and "demonstration" in html
 
 
-def test_the_report_asks_for_nothing_from_outside(folder):
-    html = report.page("quick", folder)
+def test_the_report_asks_for_nothing_from_outside(quick_figures):
+    html = report.page("quick", quick_figures)
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#|https://)[^"']*""", html)
     assert not re.findall(r"""src=["']https?:""", html) and "<script" not in html
 
 
-def test_hostile_names_are_text(folder):
-    summary = json.loads((folder / "summary.json").read_text())
+def test_hostile_names_are_text(quick_figures):
+    summary = json.loads((quick_figures / "summary.json").read_text())
     summary["data"]["name"] = summary["verdicts"][0]["statistic"] = HOSTILE
-    (folder / "summary.json").write_text(json.dumps(summary))
-    html = report.page("quick", folder)
+    (quick_figures / "summary.json").write_text(json.dumps(summary))
+    html = report.page("quick", quick_figures)
     assert "<script" not in html and '<img src="https' not in html and "&lt;script&gt;" in html
 
 
-def test_a_figure_without_a_caption_is_refused(folder, refuses):
-    (folder / "new.png").write_bytes(b"")
+def test_a_figure_without_a_caption_is_refused(quick_figures, refuses):
+    (quick_figures / "new.png").write_bytes(b"")
     with refuses("no caption for the figure new"):
-        report.page("quick", folder)
+        report.page("quick", quick_figures)
 
 
-def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(folder):
+def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(quick_figures):
     """They may have been made with other settings."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((quick_figures / "summary.json").read_text())
     summary["results"] = {"01_train_cct": summary["results"]["01_train_cct"]}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    assert re.findall(r'<figure id="(\w+)"', report.page("quick", folder)) == ["learning_curve"]
+    (quick_figures / "summary.json").write_text(json.dumps(summary))
+    assert re.findall(r'<figure id="(\w+)"', report.page("quick", quick_figures)) == ["learning_curve"]
 
 
-def test_figures_of_the_first_seed_say_so(folder):
-    summary = json.loads((folder / "summary.json").read_text())
+def test_figures_of_the_first_seed_say_so(quick_figures):
+    summary = json.loads((quick_figures / "summary.json").read_text())
     summary["seeds"] = [0, 1, 2]
-    (folder / "summary.json").write_text(json.dumps(summary))
-    html = report.page("quick", folder)
+    (quick_figures / "summary.json").write_text(json.dumps(summary))
+    html = report.page("quick", quick_figures)
     assert html.count("n = 1 (first seed).") == len(report.FIRST_SEED)
     assert html.count("n = 3.") == html.count("<figure") - len(report.FIRST_SEED)
 
