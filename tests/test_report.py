@@ -3,10 +3,7 @@
 import json
 import re
 
-import pytest
 import report
-
-from paperlib import runs
 
 HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
 
