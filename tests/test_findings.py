@@ -345,6 +345,9 @@ def test_in_short(run, summary, curves):
     says("in the CNN ({:.1f} to {:.1f})", *ends(cnn.snr))
     _, encoders, _ = stages.head_division(run)
     lost = last(encoders[encoders.network == TRAINED])
+    alone = last(pd.DataFrame(summary["04_head_modus_vivendi"]["cooperation"])).iloc[0]
+    says("{:.0f} % of its own labels' images", 100 * alone.own)
+    says("dealt at random {:.0f} % of theirs", 100 * alone.own_dealt)
     says("its own labels lose {:.1f} points", 100 * lost.own_drop.mean())
     assert lost.other_drop.mean() <= 0  # "the others none"
     sizes = pd.DataFrame(summary["02_snr_per_encoder"]["predictions"])
