@@ -139,27 +139,6 @@ def _compared(lost_own: Tensor, images: Tensor, lost_other: Tensor, others: Tens
     return torch.stack([(weight * mean).sum(dim=-1) for mean in pair])
 
 
-def matched_overlap(first: Tensor, second: Tensor, draws: int, generator: torch.Generator) -> tuple[float, Tensor]:
-    """How far two networks give the same labels to the same head, whatever the heads are called: owners (L,) of both ->
-    (share of labels that agree under the best matching of heads, the same for labels dealt at random (draws,)).
-
-    Labels that either network's nodes do not recognise (-1) are left out.
-    """
-    from scipy.optimize import linear_sum_assignment  # here, because the import takes a second
-
-    both = (first >= 0) & (second >= 0)
-    first, second = first[both], second[both]
-    heads = int(torch.cat([first, second]).max()) + 1 if len(first) else 0
-
-    def agreement(other: Tensor) -> float:
-        table = torch.zeros(heads, heads).index_put_((first, other), torch.ones(len(first)), accumulate=True)
-        rows, columns = linear_sum_assignment(-table.numpy())
-        return float(table[rows, columns].sum() / max(1, len(first)))
-
-    dealt = [agreement(second[torch.randperm(len(second), generator=generator)]) for _ in range(draws)]
-    return agreement(second), torch.tensor(dealt)
-
-
 @torch.no_grad()
 def attention_received(network: nn.Module, images: Tensor, encoder: int) -> Tensor:
     """How much attention each token of an encoder gets from a head, mean over the tokens that attend: normalised images

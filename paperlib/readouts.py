@@ -1,17 +1,21 @@
 """Taps + labels -> one linear readout per tap, all trained in the same passes over the frozen network."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paperlib import distributed
+from paperlib import distributed, files
 from paperlib.data import augmented_batches, normalise
 from paperlib.snp import class_sums, means_of
 from paperlib.taps import Tap, activations, recording
-from paperlib.training import autocast, generator, progress, schedule
+from paperlib.training import autocast, generator, in_bf16, progress, schedule
+
+SAVE_SECONDS = 300  # between two checkpoints, which for many taps are gigabytes
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,17 @@ def train_readouts(
     seed: int,
     log: Callable[[str], None] = print,
     penalty: Callable[[str, float], float] | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
     """Train a readout on each tap of a frozen network: uint8 images, labels -> tap name -> weight (L, T, D), fp32.
 
     A readout is linear, without bias, from all T*D activations to the L labels (family). It aims at the minimum of mean
     cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
     into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice). `penalty`
-    gives a tap's l2 from its name and RMS, where one penalty for all is not meant.
+    gives a tap's l2 from its name and RMS, where one penalty for all is not meant. With `checkpoint`, what was stopped
+    goes on from the state last saved (after an epoch, every `SAVE_SECONDS`), to the same end; ValueError for another's.
     """
+    precision = "bf16" if in_bf16(recipe.precision, images.device) else "fp32"
     scales = _rms(network, taps, images[:1024], mean, std)
     weights = {}
     with recording(network, taps) as recorded, torch.no_grad():
@@ -65,25 +72,39 @@ def train_readouts(
             for name, weight in weights.items()
         ]
         adam = torch.optim.Adam(groups, lr=recipe.lr, fused=True)
-        batches = -(-len(images) // recipe.batch_size)
+        done, known = 0, {"recipe": asdict(recipe), "seed": seed, "taps": list(weights)}
+        if checkpoint is not None and checkpoint.exists():
+            with files.reading(checkpoint, "delete it to train anew"):
+                saved = torch.load(checkpoint, map_location=images.device, weights_only=True)
+                if any(saved[key] != value for key, value in known.items()):
+                    raise ValueError("it was written with another recipe or seed, or for other taps")
+                adam.load_state_dict(saved.pop("adam"))
+                for name, weight in weights.items():
+                    weight.copy_(saved["weights"].pop(name))  # with every copy one less to hold
+                done, scales, precision = (saved[key] for key in ("epochs", "scales", "precision"))  # as it began
+            log(f"readouts, resuming after epoch {done}/{recipe.epochs}")
+        batches, last = -(-len(images) // recipe.batch_size), time.monotonic()
         steps_per_epoch = min(batches, recipe.max_steps or batches)
-        for epoch in range(recipe.epochs):
+        for epoch in range(done, recipe.epochs):
             losses = torch.zeros(len(taps), device=images.device)
-            stream = augmented_batches(
-                images, labels, recipe.batch_size, recipe.shift, recipe.flip, generator(seed, "readout batches", epoch)
-            )
+            random = generator(seed, "readout batches", epoch)
+            stream = augmented_batches(images, labels, recipe.batch_size, recipe.shift, recipe.flip, random)
             steps = zip(range(steps_per_epoch), stream, strict=False)
             for step, (batch, batch_labels) in progress(steps, steps_per_epoch, f"readouts, epoch {epoch + 1}"):
-                with autocast(recipe.precision, images.device):  # the frozen network only; the readouts are fp32
+                with autocast(precision, images.device):  # the frozen network only; the readouts are fp32
                     network(normalise(batch, mean, std))
                 for index, tap in enumerate(taps):
-                    losses[index] += _gradient(
-                        weights[tap.name], recorded[tap.name].flatten(1).float(), scales[tap.name], batch_labels
-                    )
-                done = epoch * steps_per_epoch + step
+                    activation = recorded[tap.name].flatten(1).float()
+                    losses[index] += _gradient(weights[tap.name], activation, scales[tap.name], batch_labels)
+                factor = schedule(epoch * steps_per_epoch + step, recipe.epochs * steps_per_epoch, 0.0)
                 for group in adam.param_groups:
-                    group["lr"] = group["rate"] * schedule(done, recipe.epochs * steps_per_epoch, 0.0)
+                    group["lr"] = group["rate"] * factor
                 adam.step()
+            if checkpoint is not None and epoch + 1 < recipe.epochs and time.monotonic() - last >= SAVE_SECONDS:
+                known |= {"scales": scales, "precision": precision, "epochs": epoch + 1}
+                with files.whole(checkpoint) as file:
+                    torch.save(known | {"weights": weights, "adam": adam.state_dict()}, file)
+                last = time.monotonic()
             log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
         positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}
     return {name: (weight.detach() / scales[name]).unflatten(1, positions[name]) for name, weight in weights.items()}

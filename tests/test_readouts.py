@@ -361,6 +361,40 @@ def test_every_tap_may_have_its_own_penalty():
     assert both[twins[0].name].norm() < both[twins[1].name].norm()
 
 
+def test_stopped_readouts_end_as_if_nothing_had_happened(network, tmp_path, monkeypatch):
+    """Also where another machine goes on that would have begun in another precision; and nothing is left to hold."""
+    found, images, labels = taps.cct_taps(network, ["attn", "block"]), pictures(20), torch.arange(20) % 5
+    recipe, said = replace(RECIPE, epochs=5, precision="auto"), []
+
+    def stops(line):
+        said.append(line)
+        if len(said) == 4:
+            raise KeyboardInterrupt
+
+    def trained(log, checkpoint=tmp_path / "readouts.pt", recipe=recipe):
+        return readouts.train_readouts(
+            network, found, images, labels, 5, MEAN, STD, recipe, 0, log, lambda name, scale: scale, checkpoint
+        )
+
+    monkeypatch.setattr(readouts, "in_bf16", lambda precision, device: precision == "auto")
+    whole = trained(said.append, None)
+    assert not (tmp_path / "readouts.pt").exists() and len(said) == 5
+    said.clear()
+    monkeypatch.setattr(readouts, "SAVE_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(stops)
+    monkeypatch.setattr(readouts, "in_bf16", lambda precision, device: False)
+    resumed = trained(said.append)
+    assert said[4:] == ["readouts, resuming after epoch 4/5", said[-1]] and "epoch 5/5" in said[-1]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    for other in (replace(recipe, lr=0.2), replace(recipe, epochs=6)):
+        with pytest.raises(ValueError, match=r"readouts\.pt.*another recipe.*delete it"):
+            trained(said.append, recipe=other)
+    (tmp_path / "readouts.pt").write_bytes((tmp_path / "readouts.pt").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"readouts\.pt.*delete it"):
+        trained(said.append)
+
+
 def test_a_silent_tap_gives_finite_weights():
     network = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
     nn.init.zeros_(network[0].weight)

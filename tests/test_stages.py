@@ -309,6 +309,31 @@ def test_choice_does_not_see_a_shift_towards_own_labels():
     assert (right[1] > 1.1 * right[0]).all() and torch.equal(choice[0], choice[1])
 
 
+@pytest.mark.slow
+def test_stopped_readouts_of_a_stage_go_on(folders, monkeypatch):
+    """A walk that is stopped between two epochs of its readouts does not train the first again, and ends alike."""
+    few = CUT | {"limit": 300, "taps": ["attn", "block"], "taps_once": [], "prune_attention": False}
+    run = parameters.open_run("quick", few | {"readout_epochs": 3})
+    other = replace(run, folder=folders / "other", finished={}, log=(said := []).append)
+    monkeypatch.setattr(readouts, "SAVE_SECONDS", 0)
+    saved = readouts.torch.save
+
+    def then_stops(state, file):
+        if state.get("epochs") == 2:
+            raise KeyboardInterrupt
+        saved(state, file)
+
+    monkeypatch.setattr(readouts.torch, "save", then_stops)
+    with pytest.raises(KeyboardInterrupt):
+        stages.readout(other, 0, "random")
+    monkeypatch.setattr(readouts.torch, "save", saved)
+    assert [path.name for path in other.folder.glob("stages/readouts-*/*/*")] == ["readouts-3.pt"]
+    resumed = stages.readout(replace(other, finished={}), 0, "random")
+    assert any("resuming after epoch 1/3" in line for line in said)
+    assert resumed.sha256 == stages.readout(run, 0, "random").sha256
+    assert not list(resumed.folder.glob("*.pt"))
+
+
 def test_nodes_are_dealt_to_heads_whole():
     groups = stages.division.groupings(12, 3, torch.Generator().manual_seed(0))
     assert groups.shape == (stages.division.ORDERS + stages.division.DEALINGS, 3, 4)

@@ -286,10 +286,31 @@ def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
         for first, second in itertools.combinations(seeds, 2):
             a, b = (torch.tensor(owners.loc[seed].fillna(-1).to_numpy()).long() for seed in (first, second))
             generator = training.generator(first, "matched heads", second, encoder)
-            overlap, dealt = heads.matched_overlap(a, b, run.settings.permutations, generator)
+            overlap, dealt = matched_overlap(a, b, run.settings.permutations, generator)
             row = {"encoder": encoder, "seeds": f"{first}-{second}", "overlap": overlap}
             rows.append(row | {"chance": dealt.mean().item(), "chance_high": interval(dealt)[1]})
     return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
+
+
+def matched_overlap(first: Tensor, second: Tensor, draws: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """How far two networks give the same labels to the same head, whatever the heads are called: owners (L,) of both ->
+    (share of labels that agree under the best matching of heads, the same for labels dealt at random (draws,)).
+
+    Labels that either network's nodes do not recognise (-1) are left out.
+    """
+    from scipy.optimize import linear_sum_assignment  # here, because the import takes a second
+
+    both = (first >= 0) & (second >= 0)
+    first, second = first[both], second[both]
+    count = int(torch.cat([first, second]).max()) + 1 if len(first) else 0
+
+    def agreement(other: Tensor) -> float:
+        table = torch.zeros(count, count).index_put_((first, other), torch.ones(len(first)), accumulate=True)
+        rows, columns = linear_sum_assignment(-table.numpy())
+        return float(table[rows, columns].sum() / max(1, len(first)))
+
+    dealt = [agreement(second[torch.randperm(len(second), generator=generator)]) for _ in range(draws)]
+    return agreement(second), torch.tensor(dealt)
 
 
 def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:

@@ -54,7 +54,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
         places = taps.places(network, kinds)
-        weights = trained_readouts(run, network, places, images, seed, kind == "shuffled")
+        weights = trained_readouts(run, network, places, images, seed, folder, kind == "shuffled")
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
         save_tensors(folder / "weights.safetensors", weights)
@@ -90,8 +90,11 @@ def matrices(run: Run, seed: int, kind: str) -> Artefact:
     return run.stage(f"matrices-{kind}-seed{seed}", 1, config, {"readouts": source.sha256}, make)
 
 
-def trained_readouts(run: Run, network, places, images: Images, seed: int, shuffled=False, epochs=None, penalty=None):
-    """Readouts of some taps, trained on the kept training images as the settings say."""
+def trained_readouts(
+    run: Run, network, places, images: Images, seed: int, folder: Path | None = None, shuffled=False, epochs=None,
+    penalty=None,
+):  # fmt: skip
+    """Readouts of some taps, trained on the kept training images as the settings say; checkpoints go to the folder."""
     s = run.settings
     kept, _ = held_out(run.images.y_train, s.held_out)
     x, y = images.x_train[kept], images.y_train[kept]
@@ -101,7 +104,10 @@ def trained_readouts(run: Run, network, places, images: Images, seed: int, shuff
     how = {"epochs": epochs or s.readout_epochs, **own, **run.config("shift", "flip", "precision", "max_steps")}
     how = readouts.ReadoutRecipe(**how)
     labels = len(images.classes)
-    return readouts.train_readouts(network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty)
+    checkpoint = folder / f"readouts-{how.epochs}.pt" if folder else None
+    return readouts.train_readouts(
+        network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty, checkpoint
+    )
 
 
 def penalties(run: Run) -> pd.DataFrame:
@@ -133,7 +139,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
         rows = []
         for epochs in (s.penalty_epochs // 2, s.penalty_epochs):
-            weights = trained_readouts(run, network, places, images, seed, epochs=epochs, penalty=penalty)
+            weights = trained_readouts(run, network, places, images, seed, folder, epochs=epochs, penalty=penalty)
             test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
             for place in places:
                 tap, _, value = place.kind.partition("@")
