@@ -278,23 +278,25 @@ def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folder
 
 
 def test_answers_of_sets_are_those_of_a_loop_over_sets_and_images():
-    """Ties (a silent set) count half; a set with one label of its own has nothing to choose from."""
-    generator = torch.Generator().manual_seed(3)
+    """Ties (an empty set) count half; a set with one label of its own has nothing to choose from."""
+    generator, y = torch.Generator().manual_seed(3), torch.arange(30) % 5
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((30, 4, 6), (5, 4, 6)))
     own = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]]) > 0
     sets = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]) > 0
-    found = stages.division.set_answers(x, weight, y := torch.arange(30) % 5, sets, own)
-    assert found.shape == (2, 4, 5)
+    answers = torch.einsum("sd,dnl->snl", sets.float(), stages.division.macroscopic.node_fields(x, weight))
+    right = stages.division.right_answers_per_label(answers, y)
+    choice = stages.division.choices_per_label(answers, y, own)
+    assert right.shape == choice.shape == (4, 5)
     for index, (members, mine) in enumerate(zip(sets, own, strict=True)):
         fields = (x * members).flatten(1) @ weight.flatten(1).T
         for label in range(5):
             rows = fields[y == label]
-            assert found[0, index, label] == (rows.argmax(dim=1) == label).sum()
+            assert right[index, label] == (rows.argmax(dim=1) == label).sum()
             others = [other for other in range(5) if mine[other] and other != label]
             if mine[label] and others:
                 wins = [(row[label] > row[o]) + 0.5 * (row[label] == row[o]) for row in rows for o in others]
-                assert found[1, index, label].item() == pytest.approx(sum(map(float, wins)) / len(others), rel=1e-5)
-    assert found[1, 2].isnan().all() and found[1, 3].unique().item() == pytest.approx(3.0)
+                assert choice[index, label].item() == pytest.approx(sum(map(float, wins)) / len(others), rel=1e-5)
+    assert choice[2].isnan().all() and choice[3].unique().item() == pytest.approx(3.0)
 
 
 def test_choice_does_not_see_a_shift_towards_own_labels():
@@ -304,8 +306,10 @@ def test_choice_does_not_see_a_shift_towards_own_labels():
     fields = x[..., :4].flatten(1) @ weight[..., :4].flatten(1).T
     y = (fields + 3 * torch.randn(400, 4, generator=generator)).argmax(dim=1)
     x[..., 4], weight[..., 4] = 1.0, torch.tensor([2.0, 2.0, 0.0, 0.0])[:, None]
-    sets = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]) > 0
-    right, choice = stages.division.set_answers(x, weight, y, sets, torch.tensor([[1, 1, 0, 0]] * 2) > 0)[:, :, :2]
+    fields = stages.division.macroscopic.node_fields(x, weight)
+    answers = torch.stack([fields[:4].sum(dim=0), fields.sum(dim=0)])
+    right = stages.division.right_answers_per_label(answers, y)[:, :2]
+    choice = stages.division.choices_per_label(answers, y, torch.tensor([[1, 1, 0, 0]] * 2) > 0)[:, :2]
     assert (right[1] > 1.1 * right[0]).all() and torch.equal(choice[0], choice[1])
 
 
@@ -336,10 +340,10 @@ def test_stopped_readouts_of_a_stage_go_on(folders, monkeypatch):
 
 def test_nodes_are_dealt_to_heads_whole():
     groups = stages.division.groupings(12, 3, torch.Generator().manual_seed(0))
-    assert groups.shape == (stages.division.ORDERS + stages.division.DEALINGS, 3, 4)
+    assert groups.shape == (stages.division.OWN_ORDERS + stages.division.DEALINGS, 3, 4)
     assert (groups.flatten(1).sort().values == torch.arange(12)).all()
-    own = groups[: stages.division.ORDERS] // 4 == torch.arange(3)[:, None]
-    assert own.all() and not (groups[stages.division.ORDERS :] // 4 == torch.arange(3)[:, None]).all(dim=(1, 2)).any()
+    kept = (groups // 4 == torch.arange(3)[:, None]).all(dim=(1, 2))
+    assert kept[: stages.division.OWN_ORDERS].all() and not kept[stages.division.OWN_ORDERS :].any()
     assert len(groups.unique(dim=0)) == len(groups)
 
 

@@ -17,7 +17,7 @@ from paperlib.runs import Artefact, Run, save_table
 from stages.networks import NETWORKS, learning_curves, load_network, right_answers
 from stages.nodes import labelled_batches, matrices, readout, superclasses
 
-ORDERS = 5  # orders in which the nodes of a head join its sets
+OWN_ORDERS = 5  # orders in which the nodes of a head join its sets
 DEALINGS = 100  # ways to deal an encoder's nodes to heads at random
 HEAD_COLUMNS = [
     "specialisation", "excess", "z", "unrecognised", "tied", "median_margin", "own_drop", "other_drop", "gap",
@@ -190,73 +190,90 @@ def _cooperation(run: Run, seed: int) -> Artefact:
     network, inputs = load_network(run, seed, "trained")
 
     def make(folder: Path) -> None:
-        images, parts = run.images.to(training.best_device()), []
+        images = run.images.to(training.best_device())
         x, y, L = images.x_test, images.y_test, len(images.classes)
-        places, read = taps.cct_taps(network, ["attn"]), source.tensors("weights")
-        weights = {place.name: read[place.name].to(x.device) for place in places}
-        held = source.tensors("fields_held_out")
-        sets, own = {}, {}
+        read, held = (source.tensors(name) for name in ("weights", "fields_held_out"))
+        places = taps.cct_taps(network, ["attn"])
+        weights, sets, own = {place.name: read[place.name].to(x.device) for place in places}, {}, {}
         for place in places:
             recognised = snp.diagonal_labels(snp.boolean_matrices(held[place.name], run.settings.threshold))
-            nodes = len(recognised)  # as many in every encoder
-            order = groupings(nodes, place.heads, training.generator(seed, "cooperation", place.name))
+            order = groupings(len(recognised), place.heads, training.generator(seed, "cooperation", place.name))
             owner = torch.stack([heads.assign_labels(group.sum(dim=1)).owner for group in recognised[order]])
             own[place.name] = (owner[:, None] == torch.arange(place.heads)[:, None]).to(x.device)  # (G, H, L)
-            width = order.shape[2]
-            sizes = sorted({*(4**power for power in range(6) if 4**power < width), width, nodes})
-            nobody = torch.zeros(*order.shape[:2], nodes, dtype=torch.bool)
-            members = [nobody.scatter(2, order[..., :size], True) if size <= width else ~nobody for size in sizes]
-            sets[place.name] = torch.stack(members, dim=2).to(x.device)  # (G, H, sizes, D)
-        single, every = (torch.eye(nodes, dtype=torch.bool, device=x.device), y.new_ones(nodes, L).bool())
-        sums, alone = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+            sets[place.name] = growing_sets(order).to(x.device)  # (G, H, sizes, D)
+        right, choice, alone = (dict.fromkeys(weights, 0) for _ in range(3))
         for batch, labels in labelled_batches(network, places, x, y, images):
             for name, weight in weights.items():
-                mine = own[name].repeat_interleave(len(sizes), dim=1).flatten(0, 1)
-                sums[name] += set_answers(batch[name], weight, labels, sets[name].flatten(0, 2), mine)
-                alone[name] += set_answers(batch[name], weight, labels, single, every)
+                fields, mine = macroscopic.node_fields(batch[name], weight), own[name][:, :, None]
+                answers = (sets[name].flatten(0, 2).to(fields) @ fields.flatten(1)).unflatten(1, fields.shape[1:])
+                right[name] += right_answers_per_label(answers, labels)
+                choice[name] += choices_per_label(answers, labels, mine.expand(*sets[name].shape[:3], L).flatten(0, 2))
+                alone[name] += right_answers_per_label(fields, labels)
+        counts, parts = y.bincount(minlength=L), []
         for place in places:
-            chosen, mine = sets[place.name].cpu(), own[place.name].cpu()[:, :, None]
-            owned, counts = mine.any(dim=1), y.bincount(minlength=L)
-            right, choice = (sums[place.name] / counts).cpu().unflatten(1, chosen.shape[:3])  # (G, H, sizes, L)
-            singles = 1 / L + chosen.float() @ ((alone[place.name][0] / counts).cpu() - 1 / L)
-
-            def mean(values: Tensor, whose: Tensor, owned: Tensor = owned) -> Tensor:
-                return values.where(whose, 0).sum(dim=1).where(owned, torch.nan).nanmean(dim=2).flatten()
-
-            found = {"own": mean(right, mine), "others": mean(right, ~mine) / max(1, place.heads - 1)}
-            found |= {"singles": mean(singles, mine), "choice": mean(choice, mine)}
-            draws = torch.arange(len(chosen)).repeat_interleave(len(sizes))
-            part = pd.DataFrame({"draw": draws, "size": sizes * len(chosen), **found}).round(6)
-            part["nodes"] = ["head" if draw < ORDERS else "dealt" for draw in draws]
-            parts.append(part.assign(seed=seed, encoder=place.encoder, whole=part["size"] == width))
+            measured = ((part[place.name] / counts).cpu() for part in (right, choice, alone))
+            part = cooperation_table(sets[place.name].cpu(), own[place.name].cpu(), *measured)
+            whole = part["size"] == sets[place.name].shape[3] // place.heads
+            parts.append(part.assign(seed=seed, encoder=place.encoder, whole=whole))
         save_table(folder / "cooperation.csv", pd.concat(parts))
 
-    config = run.config("threshold") | {"seed": seed, "groupings": [ORDERS, DEALINGS]}
+    config = run.config("threshold") | {"seed": seed, "groupings": [OWN_ORDERS, DEALINGS]}
     return run.stage(f"cooperation-seed{seed}", 3, config, inputs | {"readouts": source.sha256}, make)
 
 
 def groupings(nodes: int, num_heads: int, generator: torch.Generator) -> Tensor:
     """Ways to split an encoder's nodes into heads, each head's nodes in a random order: (G, H, D/H), where the first
-    ORDERS are the network's own heads and the other DEALINGS are dealt at random."""
+    OWN_ORDERS are the network's own heads and the other DEALINGS are dealt at random."""
     width = nodes // num_heads
-    within = torch.rand(ORDERS, num_heads, width, generator=generator).argsort(dim=2)
+    within = torch.rand(OWN_ORDERS, num_heads, width, generator=generator).argsort(dim=2)
     dealt = torch.rand(DEALINGS, nodes, generator=generator).argsort(dim=1).unflatten(1, (num_heads, width))
     return torch.cat([within + width * torch.arange(num_heads)[:, None], dealt])
 
 
-def set_answers(activations: Tensor, weight: Tensor, labels: Tensor, sets: Tensor, own: Tensor) -> Tensor:
-    """What sets of nodes answer, added up over the images of each label: (2, S, L). First, how many images are answered
-    rightly; second, the share of the set's other own labels with a smaller field than the image's (ties count half; nan
-    for sets with one). Activations (n, T, D), readout (L, T, D), labels (n,), sets (S, D) bool, own labels (S, L) bool.
-    """
-    fields = macroscopic.node_fields(activations, weight)
-    fields = (sets.to(fields) @ fields.flatten(1)).unflatten(1, fields.shape[1:])  # (S, n, L)
-    right = fields.argmax(dim=2) == labels
-    target = fields.gather(2, labels.expand(len(sets), -1)[:, :, None])
+def growing_sets(order: Tensor) -> Tensor:
+    """Sets of each head's first 1, 4, 16, ... nodes, of all its nodes, and last of all nodes of the encoder:
+    (G, H, D/H) -> (G, H, sizes, D), bool."""
+    width, nodes = order.shape[2], order.shape[1] * order.shape[2]
+    nobody = torch.zeros(*order.shape[:2], nodes, dtype=torch.bool)
+    sizes = sorted({*(4**power for power in range(6) if 4**power < width), width, nodes})
+    members = [nobody.scatter(2, order[..., :size], True) if size <= width else ~nobody for size in sizes]
+    return torch.stack(members, dim=2)
+
+
+def right_answers_per_label(fields: Tensor, labels: Tensor) -> Tensor:
+    """How many images of each label are answered rightly: fields (S, n, L), labels (n,) -> (S, L)."""
+    right = (fields.argmax(dim=2) == labels).to(fields)
+    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, right)
+
+
+def choices_per_label(fields: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+    """Share of a set's other own labels (S, L) bool that get a smaller field than an image's own label, added up over
+    the images of each label; ties count half, nan for sets with one label: fields (S, n, L), labels (n,) -> (S, L)."""
+    target = fields.gather(2, labels.expand(len(fields), -1)[:, :, None])
     below = sum((part & own[:, None]).sum(dim=2) for part in (fields < target, fields <= target)) / 2 - 0.5
     others = own.sum(dim=1, keepdim=True) - 1.0
-    found = torch.stack([right.to(fields), below / others.where(others > 0, torch.nan)])
-    return found.new_zeros(2, len(sets), len(weight)).index_add_(2, labels, found)
+    share = below / others.where(others > 0, torch.nan)
+    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, share)
+
+
+def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, alone: Tensor) -> pd.DataFrame:
+    """The measured columns of `cooperation` for one encoder: sets (G, H, sizes, D) and own labels (G, H, L), bool;
+    shares of each label's images that sets answer rightly and choose right (G x H x sizes, L), and nodes alone (D, L).
+    """
+    right, choice = (part.unflatten(0, sets.shape[:3]) for part in (right, choice))
+    singles = 1 / own.shape[2] + sets.float() @ (alone - 1 / own.shape[2])
+    mine, owned = own[:, :, None], own.any(dim=1)[:, None]
+
+    def mean(values: Tensor, whose: Tensor) -> Tensor:  # over labels with an owner; these count alike
+        return values.where(whose, 0).sum(dim=1).where(owned, torch.nan).nanmean(dim=2).flatten()
+
+    found = {"own": mean(right, mine), "others": mean(right, ~mine) / max(1, own.shape[1] - 1)}
+    found |= {"singles": mean(singles, mine), "choice": mean(choice, mine)}
+    sizes = sets[:, 0].sum(dim=2)
+    draws = torch.arange(len(sets)).repeat_interleave(sizes.shape[1])
+    table = pd.DataFrame({"draw": draws, "size": sizes.flatten(), **found}).round(6)
+    table["nodes"] = ["head" if draw < OWN_ORDERS else "dealt" for draw in draws]
+    return table
 
 
 def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
