@@ -142,12 +142,13 @@ def _typical(fields: dict[int, Tensor], threshold: float) -> int:
 
 
 def _described(tap: str, fields: dict[int, Tensor], node: int, threshold: float) -> str:
-    """One line: what the threshold makes of a node, and of all nodes of its tap."""
+    """One line: what the threshold makes of a node, and of all nodes of its tap, or of the examples of a stored run."""
     own = snp.node_statistics(snp.boolean_matrices(fields[node][None], threshold))
     found = snp.tap_statistics(snp.boolean_matrices(torch.stack(list(fields.values())), threshold))
+    whose = f"All {len(fields)} nodes" if list(fields) == list(range(len(fields))) else f"These {len(fields)} examples"
     return (
         f"{tap}, threshold {threshold:.2f}. Node {node}: {own.labels.item()} labels in {own.clusters.item()} clusters, "
-        f"noise {own.internal.item()} inside and {own.external.item()} outside. All {len(fields)} nodes: SNR "
+        f"noise {own.internal.item()} inside and {own.external.item()} outside. {whose}: SNR "
         f"{found.snr:.2f}, {found.clusters_per_node:.2f} clusters of {found.pooled_cluster_size:.2f} labels"
     )
 

@@ -64,7 +64,7 @@ class Settings(BaseModel):
     taps_once: list[str] = Field(description="further taps, measured for the first seed only")
     readout_epochs: int = Field(ge=1, description="epochs of readout training")
     readout_batch_size: int = Field(ge=1, description="images in a readout step")
-    readout_lr: Number = Field(gt=0, description="learning rate of a readout, times the root of its features")
+    readout_lr: Number = Field(gt=0, description="learning rate of a readout, divided by the root of its features")
     readout_l2: Penalty = Field(description="L2 penalty of the readouts")
     penalties: list[Penalty] = Field(description="L2 penalties that are compared, beside the group's own (first seed)")
     penalty_taps: list[str] = Field(min_length=1, description="taps of that comparison; first, middle and last encoder")

@@ -1,11 +1,11 @@
 """The reference networks: train and store one, or check the committed ones against their cards.
 
-python notebooks/references.py make PROFILE --seed N [--cnn] [--set NAME=VALUE ...]
+python notebooks/references.py make PROFILE --seed N [--cnn] [--replace] [--set NAME=VALUE ...]
 python notebooks/references.py check [NAME ...]
 
 `make` trains as a walk of the profile would (and goes on where it was interrupted), halves the weights' precision,
 scores them on the test images and writes paperlib/models/references/<name>.safetensors with its card, and the card as
-<name>.md.
+<name>.md. A network that is there already stays, unless --replace is given: what was measured on it would no longer fit.
 `check` scores committed networks and compares with their cards: exit code 1 if an accuracy differs.
 """
 
@@ -65,15 +65,17 @@ def scores(network: torch.nn.Module, images: data.Images) -> tuple[float, float]
     return right.float().mean().item(), by_label.mean().item()
 
 
-def make(profile: str, seed: int, cnn: bool, changes: dict) -> None:
+def make(profile: str, seed: int, cnn: bool, changes: dict, replace: bool = False) -> None:
     if changes.get("limit"):
         raise ValueError("a reference network is trained on all images: leave limit out")
     run = parameters.open_run(profile, {**changes, "weights": "trained", "seeds": [seed]})
     if run.settings.data not in data.SPLITS:
         raise ValueError(f"{run.settings.data} has no licence that a card could name: train on it with ./run_all.sh")
     run = stages.cnn_half(run) if cnn else run
+    name = parameters.reference_name(run.settings, seed)
+    if name in models.references() and not replace:
+        raise ValueError(f"{name} is there already, and measured on: take another --seed, or --replace it")
     s, images, trained = run.settings, run.images, stages.train(run, seed)
-    name = parameters.reference_name(s, seed)
     weights = {key: value.half() if value.is_floating_point() else value
                for key, value in trained.tensors("weights").items()}  # fmt: skip
     if not all(value.isfinite().all() for value in weights.values()):
@@ -150,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     making.add_argument("profile")
     making.add_argument("--seed", type=int, required=True)
     making.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its CCT")
+    making.add_argument("--replace", action="store_true", help="write over a network of this name")
     making.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     commands.add_parser("check", help="compare accuracies with cards").add_argument("names", nargs="*", metavar="NAME")
     return result
@@ -160,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "check":
             return check(options.names or models.references())
-        make(options.profile, options.seed, options.cnn, parameters.changes_of(options.set))
+        make(options.profile, options.seed, options.cnn, parameters.changes_of(options.set), options.replace)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"references: {error}", file=sys.stderr)
         return 2

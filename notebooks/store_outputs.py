@@ -71,7 +71,7 @@ def claim_table(rows: list[dict]) -> str:
 
 def _cells(row: dict) -> str:
     effect = "" if row["effect"] is None else f"{row['effect']:.3f} ± {row['uncertainty']:.3f}"
-    numbers = f": {row['numbers']}" if row["numbers"] else ""
+    numbers = f"<br>{row['numbers']}" if row["numbers"] else ""
     return f"{row['statistic']}{numbers} | {effect} | {row['null']} | {row['verdict']}"
 
 

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         changes = parameters.changes_of(options.set)
         if parameters.load_settings(options.profile, changes).weights == "reference":
             raise ValueError("the profile starts from committed networks: add weights=trained to train anew")
+        if 0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs: give --nproc-per-node at most that many")
     except (ValueError, OSError) as error:
         print(f"train_distributed: {error}", file=sys.stderr)
         return 2
@@ -57,11 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
                 network, images = stages.build_network(run, seed), run.images.to(training.best_device())
                 training.train(network, images, stages.recipe(run), seed, log=lambda line: None)
         dist.barrier()  # nobody leaves while another still talks to it
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"train_distributed: {error}", file=sys.stderr)
-        return 1
-    finally:
-        dist.destroy_process_group()
+        return 1  # without taking the group down: nccl would wait there for ranks that wait for this one
+    dist.destroy_process_group()
     return 0
 
 

@@ -319,7 +319,7 @@ def _ranked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images sorted by label: their indices, each one's number within its label (from 0), and images per label."""
     order = torch.argsort(labels, stable=True)
     counts = labels.bincount()
-    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]], counts
+    return order, torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]], counts
 
 
 def _dealt(labels: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def reading(path: Path, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # zipfile, zlib, pickle, PIL, safetensors and JSON raise some twenty kinds
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None):
+        refused = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+        if isinstance(error, refused) or getattr(error, "errno", None):
             raise
         reason = str(error).split(". ")[0].split("\n")[0].rstrip(":") or type(error).__name__
         raise ValueError(f"{path} cannot be used ({reason}): {way_out}") from error

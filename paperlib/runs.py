@@ -304,7 +304,7 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _peak_gb(forget: bool = False) -> float:
-    """The process's largest memory in GB, on Linux since the last call that forgets; a GPU's where there is one."""
+    """The process's largest memory in GB, on Linux since the last call that forgets; a GPU's where that is more."""
     if forget and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if forget:
@@ -312,12 +312,11 @@ def _peak_gb(forget: bool = False) -> float:
             ctypes.CDLL(None).malloc_trim(0)  # what earlier stages freed, glibc may still hold
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     with suppress(OSError):
         kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        return round(int(kilobytes[1]) / 1e6, 2) if kilobytes else 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9, 2)  # macOS counts bytes
+        return round(max(gpu, int(kilobytes[1]) * 1e3 if kilobytes else 0) / 1e9, 2)
+    return round(max(gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9, 2)  # macOS counts bytes
 
 
 def _reason(folder: Path, record: dict) -> str:

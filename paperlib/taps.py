@@ -30,7 +30,7 @@ class Tap:
         return f"{self.encoder}.{self.kind}"
 
 
-# kind -> (module within the encoder block, side): the table of taps of method and README
+# kind -> (module within the encoder block, side)
 CCT_TAPS = {
     "qkv": ("self_attn.qkv", "output"),
     "attn": ("self_attn.proj", "input"),

@@ -24,7 +24,7 @@ from paperlib.data import BATCH, Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
 CURVE_POINTS = 15  # a learning curve has at most so many test accuracies
-torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for convolutions as for matrix products
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32, whoever asked before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ import os
 import shutil
 from contextlib import contextmanager
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare bits, which a GPU does not repeat; see test_devices.py
+
 import numpy as np
 import pytest
 import torch

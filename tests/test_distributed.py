@@ -1,6 +1,7 @@
 """Two gloo ranks give the result of one process: networks, learning curve, class means, answers."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import stages
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import train_distributed
 
 from paperlib import readouts, runs
 from paperlib.data import channel_statistics
@@ -19,16 +21,17 @@ from paperlib.taps import cct_taps
 SETTINGS = {"limit": 200, "epochs": 2, "batch_size": 48, "precision": "fp32", "flip": True}  # last batch: 8 images
 
 
-@pytest.mark.slow
-def test_two_ranks_train_the_network_of_one(folders):
+def torchrun(folder):
     words = [f"{name}={str(value).lower()}" for name, value in SETTINGS.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += ["notebooks/train_distributed.py", "quick", "--set", *words]
-    environment = os.environ | {"PAPERLIB_RUNS": str(folders / "two"), "OMP_NUM_THREADS": "1"}
-    first, second = (
-        subprocess.run(launch, env=environment, cwd=runs.root(), capture_output=True, text=True, timeout=300)
-        for _ in range(2)
-    )
+    environment = os.environ | {"PAPERLIB_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(launch, env=environment, cwd=runs.root(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_network_of_one(folders):
+    first, second = (torchrun(folders / "two") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("epoch 2/2") == 1  # one rank speaks
     assert second.returncode == 0 and "unchanged, not computed again" in second.stdout
@@ -41,6 +44,20 @@ def test_two_ranks_train_the_network_of_one(folders):
         assert torch.allclose(weights, together.tensors("weights")[name], atol=2e-4), name
     assert (alone.table("curve") - together.table("curve")).abs().max().max() < 0.02
     assert abs(alone.table("curve").loss - together.table("curve").loss).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_what_stops_one_rank_ends_the_others(folders):
+    (folders / "file").write_text("not a folder")
+    done = torchrun(folders / "file")
+    assert done.returncode == 1 and re.search("^train_distributed: .* cannot be made", done.stderr, flags=re.M)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_distributed.main(["quick"]) == 2
+    assert "at most" in capsys.readouterr().err
 
 
 def measured(network, images, labels):

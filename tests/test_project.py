@@ -128,7 +128,7 @@ def test_stored_outputs_are_those_of_one_clean_run(path):
 # --- README and pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
 def test_links_to_files_resolve(page):
     links = re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", page.read_text())
     assert links or page.name != "README.md"

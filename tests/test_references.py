@@ -103,6 +103,18 @@ def test_the_cnn_is_stored_too(folders, monkeypatch):
     assert "batch_size" in (reference.FOLDER / f"{name}.md").read_text()
 
 
+def test_a_network_that_is_there_is_not_written_over(made, capsys, monkeypatch):
+    before = reference.path_of(made).read_bytes()
+    changes = [f"{key}={value}" for key, value in (CUT | {"lr": 1e-2}).items()]
+    arguments = ["make", "quick", "--seed", "0", "--set", *changes]
+    with monkeypatch.context() as patch:
+        patch.delattr(stages, "train")  # refused before any work
+        assert references.main(arguments) == 2
+    assert "--replace" in capsys.readouterr().err and reference.path_of(made).read_bytes() == before
+    assert references.main([*arguments, "--replace"]) == 0
+    assert reference.path_of(made).read_bytes() != before
+
+
 def test_a_reference_takes_all_images(folders, capsys):
     assert references.main(["make", "quick", "--seed", "0", "--set", "limit=200"]) == 2
     assert "limit" in capsys.readouterr().err

@@ -191,7 +191,7 @@ def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():
     row |= {"verdict": "supported", "beside": False, "by_seed": [], "numbers": "3 against 2"}
     summary = {"profile": "cut", "verdicts": [row]}
     table = store_outputs.verdict_table(summary).splitlines()
-    assert any("| SNR: 3 against 2 |" in line for line in table)
+    assert any("| SNR<br>3 against 2 |" in line for line in table)
     words = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in table[2:]}
     assert words == {claim: "supported" if claim == "C2" else "not measured yet" for claim in store_outputs.CLAIMS}
     marks = [(store_outputs.MARKS[0].format(f"cut, {claim}"), store_outputs.MARKS[1]) for claim in ("C2", "C4")]

@@ -151,6 +151,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
                 row = {"network": kind, "encoder": place.encoder, "tap": tap, "l2": value, "epochs": epochs}
                 row |= {"accuracy": test.correct[place.name].float().mean().item(), "snr": raw.snr}
                 rows.append(row | {"snr_centred": without.snr, "offset_share": share.mean().item()})
+            del weights, test  # gigabytes, while the next are trained
         save_table(folder / "penalties.csv", rows)
 
     config = run.config(*ARCHITECTURE, *READOUT, "penalty_taps", "penalty_epochs", "threshold")
