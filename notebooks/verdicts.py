@@ -162,29 +162,32 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
 
 def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple[list, list, list, str]:
     """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed; and
-    first and last of both networks in words, means over seeds."""
+    first and last of all networks in words, means over seeds. Where there is a second random network, `calibrated`,
+    both have to be exceeded."""
     effects, intervals, beaten, ends = [], [], [], []
+    nulls = {"random": "random weights", "calibrated": "with statistics of training images"}
+    nulls = {kind: words for kind, words in nulls.items() if kind in set(nodes[nodes.tap == tap].network)}
     for seed in sorted(nodes.seed.unique()):
         rng = np.random.default_rng(0)
         curves = {}
-        for kind, use in (("trained", rng), ("random", None)):
+        for kind, use in (("trained", rng), *((kind, None) for kind in nulls)):
             if statistic == "accuracy":
                 curves[kind] = _accuracy_curves(correct, seed, kind, tap, use)
             else:
                 part = nodes[(nodes.seed == seed) & (nodes.network == kind) & (nodes.tap == tap)]
                 curves[kind] = _snr_curves(part, labels, use)
         point, draws = curves["trained"]
-        random, _ = curves["random"]
         effects.append(point[-1] - point[0])
-        ends.append([point[0], point[-1], random[0], random[-1]])
+        ends.append([curve[[0, -1]] for curve, _ in curves.values()])
         # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
         low, high = interval(draws[:, -1] - draws[:, 0])
         trend_low = interval(rank_trend(draws))[0]
         intervals.append((low if trend_low > 0 else min(low, 0.0), high))
-        beaten.append(sharper(point, random))
-    first, last, *others = np.mean(ends, axis=0)
-    numbers = f"{first:.2f} to {last:.2f} (random weights {others[0]:.2f} to {others[1]:.2f})"
-    return effects, intervals, beaten, numbers
+        beaten.append(all(sharper(point, curves[kind][0]) for kind in nulls))
+    (first, last), *others = np.mean(ends, axis=0)
+    both = zip(nulls.values(), others, strict=True)
+    numbers = ", ".join(f"{words} {low:.2f} to {high:.2f}" for words, (low, high) in both)
+    return effects, intervals, beaten, f"{first:.2f} to {last:.2f} ({numbers})"
 
 
 def sharper(trained: np.ndarray, random: np.ndarray) -> bool:

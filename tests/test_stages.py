@@ -141,10 +141,19 @@ def test_controls_of_filters(run):
     for sign in (negative, ~negative):
         assert drawn["features.4"][sign].sum() == masks["features.4"][sign].sum() > 0
     assert not torch.equal(drawn["features.4"], masks["features.4"])
-    stages.pruned._refresh(network, run.images.x_train[:500], run.images)
+    stages.networks.refresh_statistics(network, run.images.x_train[:500], run.images)
     first = network.features[0](data.normalise(run.images.x_train[:500], *run.images.statistics))
     torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert not network.training
+
+
+@pytest.mark.slow
+def test_a_random_cnn_is_measured_with_both_kinds_of_statistics(run):
+    half = stages.cnn_half(run)
+    taps = stages.snr(half)[0].query("not centred and threshold == 0.3").set_index(["network", "encoder"]).snr
+    assert (taps["calibrated"] != taps["random"]).all()
+    assert {kind for _, kind, _ in stages.correct_answers(half)} == {"trained", "random", "calibrated"}
+    assert set(stages.snr(run)[0].network) == {"trained", "random", "shuffled"}  # a CCT has no batch norm
 
 
 def test_what_is_scored_after_mending_is_the_mended_network(run):

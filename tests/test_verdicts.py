@@ -455,25 +455,33 @@ def test_one_seed_that_fails_is_enough(claim):
     assert words(claim(False)) == ["supported"] and words(claim(True)) == ["not supported"]
 
 
-def halves(cnn_random=FLAT, certain=True):
-    """Nodes, right answers and penalties of a CCT that sharpens beyond doubt, and of a CNN that does so too unless its
-    random twin or, where it is not certain, the two nodes that make all noise of its first and last layer are against
-    it."""
+def halves(cnn_random=FLAT, cnn_calibrated=FLAT, certain=True):
+    """Nodes, right answers and penalties of a CCT that sharpens beyond doubt, and of a CNN that does so too unless one
+    of its random twins or, where it is not certain, the two nodes that make all noise of its first and last layer are
+    against it."""
     cct, cnn = nodes_table(3, RISING, FLAT), nodes_table(3, RISING, cnn_random)
+    twin = nodes_table(3, RISING, cnn_calibrated)
+    cnn = pd.concat([cnn, twin[twin.network == "random"].assign(network="calibrated")])
     ends = cnn.encoder.isin([1, 4]) & (cnn.network == "trained") & (not certain)
     cnn["external"] *= np.where(ends, 100 * (cnn.node < 2), 1)
     parts = (("cct", "block", cct), ("cnn", "conv", cnn))
     nodes = pd.concat([part[part.tap == "block"].assign(half=half, tap=tap) for half, tap, part in parts])
     right = answers(3, [0.1, 0.2, 0.3, 0.4], [0.1] * 4)
     correct = {"cct": right, "cnn": {(s, k, name.replace("block", "conv")): r for (s, k, name), r in right.items()}}
+    correct["cnn"] |= {(s, "calibrated", name): r for (s, k, name), r in correct["cnn"].items() if k == "random"}
     table = penalty_table()
     return nodes, correct, {"cct": table, "cnn": table[table.tap == "block"].assign(tap="conv")}
 
 
 @pytest.mark.parametrize(
     ("case", "word"),
-    [({}, "supported"), ({"cnn_random": [1, 2, 4, 9]}, "not supported"), ({"certain": False}, "not supported")],
-    ids=["both", "the random twin grows more", "uncertain"],
+    [
+        ({}, "supported"),
+        ({"cnn_random": [1, 2, 4, 9]}, "not supported"),
+        ({"cnn_calibrated": [1, 2, 4, 9]}, "not supported"),
+        ({"certain": False}, "not supported"),
+    ],
+    ids=["both", "the random twin grows more", "the calibrated twin grows more", "uncertain"],
 )
 def test_the_cnn_has_to_sharpen_as_surely_as_the_cct(case, word):
     nodes, correct, penalties = halves(**case)

@@ -10,11 +10,12 @@ from parameters import check_data, check_references, reference_name
 from torch import Tensor, nn
 
 from paperlib import distributed, models, training
-from paperlib.data import Images
+from paperlib.data import Images, normalise
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, save_table, save_tensors, write_text
 
 NETWORKS = ("trained", "random")  # the network, and its null: the same one with freshly drawn weights
+CALIBRATED = "calibrated"  # a CNN's second null: the random network, its batch norm with statistics of training images
 # Settings that decide an artefact, and so are part of its key
 ARCHITECTURE = (
     "data", "image_size", "limit", "model", "heads", "positional_embedding", "attention_dropout", "stochastic_depth",
@@ -78,6 +79,7 @@ def learning_curves(run: Run) -> pd.DataFrame:
 def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, str]]:
     """The trained or the random network of a seed, frozen, and what a stage that reads it depends on."""
     inputs, weights = {"data": run.data_sha256}, None
+    kind = "random" if kind == CALIBRATED else kind  # its statistics are taken where it is measured, from images
     if kind != "random" and run.settings.weights == "reference":
         name = reference_name(run.settings, seed)
         weights, inputs["network"] = models.load_reference(name).state_dict(), reference.sha256(name)
@@ -86,6 +88,23 @@ def load_network(run: Run, seed: int, kind: str) -> tuple[nn.Module, dict[str, s
         weights, inputs["network"] = artefact.tensors("weights"), artefact.sha256
     network = build_network(run, seed, weights)
     return network.eval().requires_grad_(False), inputs
+
+
+def kinds(run: Run) -> tuple[str, ...]:
+    """The networks that are measured for every seed."""
+    return (*NETWORKS, CALIBRATED) if run.settings.model.startswith("vgg") else NETWORKS
+
+
+def refresh_statistics(network: nn.Module, x: Tensor, images: Images) -> None:
+    """Take the statistics of batch norm anew, as means over batches of these images."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+    network.train()
+    for batch in x.split(250):
+        network(normalise(batch, *images.statistics))
+    network.eval()
 
 
 def right_answers(network: nn.Module, images: Images, part: slice = slice(None)) -> Tensor:

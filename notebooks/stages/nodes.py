@@ -13,7 +13,7 @@ from verdicts import interval
 from paperlib import andc, figures, macroscopic, readouts, snp, taps, training
 from paperlib.data import BATCH, Images, held_out
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
-from stages.networks import ARCHITECTURE, NETWORKS, cnn_half, load_network
+from stages.networks import ARCHITECTURE, CALIBRATED, NETWORKS, cnn_half, kinds, load_network, refresh_statistics
 
 # CIFAR-100's own superclasses, five labels each
 SUPERCLASSES = """
@@ -39,7 +39,7 @@ GROUP_L2 = 1e-3  # the penalty in the group's code, on activations that are not 
 
 def readout(run: Run, seed: int, kind: str) -> Artefact:
     """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
-    and one over the held-out images give. kind is one of NETWORKS, or `shuffled`: the trained network with its
+    and one over the held-out images give. kind is one of `networks.kinds`, or `shuffled`: the trained network with its
     readouts trained on labels dealt to other images.
 
     weights: tap -> readout (L, T, D); fields_test, fields_held_out (of `_unseen_taps`): tap -> field matrices
@@ -49,11 +49,15 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
     network, inputs = load_network(run, seed, kind)
     once = s.taps_once if seed == s.seeds[0] and kind in NETWORKS else ()
     unseen = _unseen_taps(run, seed, network) if kind == "trained" else []
-    kinds = list(dict.fromkeys((*s.taps, *once, *unseen)))
+    all_taps = list(dict.fromkeys((*s.taps, *once, *unseen)))
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        places = taps.places(network, kinds)
+        places = taps.places(network, all_taps)
+        if kind == CALIBRATED:
+            kept, _ = held_out(run.images.y_train, s.held_out)
+            some = torch.randperm(len(kept), generator=training.generator(seed, "calibration"))[:5000]
+            refresh_statistics(network, images.x_train[kept[some]], images)
         weights = trained_readouts(run, network, places, images, seed, folder, kind == "shuffled")
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
@@ -69,7 +73,8 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
             save_tensors(folder / "fields_held_out.safetensors", fields_of(weights, others))
 
     # "deciding" is what stored stages call the taps that are looked at on held-out images
-    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind, "all_taps": kinds, "deciding": unseen}
+    config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind}
+    config |= {"all_taps": all_taps, "deciding": unseen}
     return run.stage(f"readouts-{kind}-seed{seed}", 5, config, inputs, make)
 
 
@@ -178,14 +183,14 @@ def moved_by_more_epochs(table: pd.DataFrame) -> pd.DataFrame:
 
 def snr(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Stage for every network: (statistics of each tap at each threshold, statistics of each node at the main one).
-    For the first seed there is a third network, `shuffled` (see `readout`).
+    For the first seed there is another network, `shuffled` (see `readout`).
 
     First table: seed, network, encoder, tap, threshold, centred, accuracy (0..1) and the fields of `snp.TapStatistics`;
     with offset_share where centred is False. Second: seed, network, encoder, tap, node, labels, clusters, internal,
     external, offset_share.
     """
     seeds = run.settings.seeds
-    networks = [(seed, kind) for seed in seeds for kind in NETWORKS] + [(seeds[0], "shuffled")]
+    networks = [(seed, kind) for seed in seeds for kind in kinds(run)] + [(seeds[0], "shuffled")]
     found = [_snr(run, seed, kind, readout(run, seed, kind)) for seed, kind in networks]
     return tuple(pd.concat([one.table(name) for one in found], ignore_index=True) for name in ("taps", "nodes"))
 
@@ -365,7 +370,7 @@ def correct_answers(run: Run) -> dict[tuple[int, str, str], Tensor]:
     return {
         (seed, kind, tap): values
         for seed in run.settings.seeds
-        for kind in NETWORKS
+        for kind in kinds(run)
         for tap, values in readout(run, seed, kind).arrays("correct").items()
         if not tap.startswith("heads/")
     }

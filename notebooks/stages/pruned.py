@@ -17,7 +17,7 @@ from verdicts import MASKS
 from paperlib import andc, macroscopic, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
-from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, right_answers
+from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, refresh_statistics, right_answers
 from stages.nodes import READOUT, encoder_of, fields_of, labelled_batches, pruned_layers, readout, trained_readouts
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
@@ -244,7 +244,7 @@ def _why_filters(half: Run, seed: int) -> Artefact:
             methods["same signs"] = _same_signs(masks, network, generator)
             for method, drawn in methods.items():
                 row = {"seed": seed, "threshold": at, "method": method}
-                refresh = partial(_refresh, x=images.x_train[kept[:5000]], images=images)
+                refresh = partial(refresh_statistics, x=images.x_train[kept[:5000]], images=images)
                 rows.append(row | _before_and_after(network, drawn, images, "refreshed", refresh))
         save_table(folder / "filters.csv", rows)
 
@@ -327,18 +327,6 @@ def _same_signs(masks: dict[str, Tensor], network: nn.Module, generator: torch.G
 
 
 @torch.no_grad()
-def _refresh(network: nn.Module, x: Tensor, images: Images) -> None:
-    """Take the statistics of batch norm anew, as means over batches of these images."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # the mean over all batches
-    network.train()
-    for batch in x.split(250):
-        network(normalise(batch, *images.statistics))
-    network.eval()
-
-
 def signs_of_filters(half: Run) -> pd.DataFrame:
     """What ANDC removes from a CNN: one row per seed, threshold and layer, with the dilution and, of the kernels kept
     and of those removed, the share whose weights sum to less than 0 and the mean size (sum of |weights|). Filters
