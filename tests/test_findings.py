@@ -97,6 +97,9 @@ def test_one_mechanism(run, curves):
     grown = [table[table.network == TRAINED].groupby("l2").snr.agg(lambda c: c.iloc[-1] - c.iloc[0]) for table in both]
     states("C1", "is {:.1f} to {:.1f} in the CCT", grown[0].min(), grown[0].max())
     states("C1", "and {:.1f} to {:.1f} in the CNN", grown[1].min(), grown[1].max())
+    twin = curves["conv", "calibrated"]
+    text = "accuracy falls from {:.0f} to {:.0f} % and SNR stays between {:.1f} and {:.1f}."
+    states("C1", text, *ends(100 * twin.accuracy), twin.snr.min(), twin.snr.max())
     states("C1", "fifth layer of eight ({:.1f} %)", 100 * cnn.accuracy[5])
     assert cnn.accuracy.idxmax() == 5 and len(cnn) == 8
 
