@@ -305,7 +305,7 @@ def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
     text = "accuracy drop on a silenced head's own labels - on other labels"
     dealt = "other labels, the same head; owners dealt at random"
     texts = "excess specialisation of heads (nats), mean over encoders", f"{text}, mean over encoders"
-    numbers = f"random weights {random.excess.mean():.3f}", f"dealt owners at most {trained.gap_null_high.mean():.3f}"
+    numbers = f"random weights {random.excess.mean():.3f}", f"dealt owners at most {trained.gap_null_high.max():.3f}"
     return [
         verdict("C5", data, texts[0], [*trained.excess], bounds["excess"], null, beaten, numbers=numbers[0]),
         verdict("C5", data, texts[1], [*trained.gap], bounds["gap"], dealt, above_dealt, numbers=numbers[1]),

@@ -3,7 +3,7 @@
 python tests/planted_faults.py [NUMBER ...]
 
 Each fault replaces one piece of code in a copy of the project and runs the test files named with it. Exit code 1 if a
-fault goes unnoticed. All of them take about 10 minutes.
+fault goes unnoticed. All of them take about 12 minutes.
 """
 
 import argparse
@@ -81,6 +81,13 @@ FAULTS = [
     ("notebooks/stages/pruned", "return output + shift", "return output", "stages",
      "later layers do not hear the mended ones"),
     ("notebooks/stages/pruned", "    mend(pruned)\n", "", "stages", "the mended network is not scored"),
+    ("notebooks/verdicts", "all(sharper(point, curves[kind][0]) for kind in nulls)",
+     "sharper(point, curves[\"random\"][0])", "verdicts", "C1: the CNN's second null is not looked at"),
+    ("notebooks/stages/nodes", "if kind == CALIBRATED:", "if False:", "stages", "the second null is the first again"),
+    ("notebooks/stages/division", "fields <= target)) / 2 - 0.5", "fields <= target)) / 2", "stages",
+     "a label is compared with itself"),
+    ("notebooks/stages/division", "1 / own.shape[2] + sets.float() @ (alone - 1 / own.shape[2])",
+     "sets.float() @ alone", "stages", "chance is added up with the nodes"),
 ]  # fmt: skip
 
 
