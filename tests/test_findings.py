@@ -417,3 +417,42 @@ def test_in_short(run, summary, curves):
     text = "at a dilution of {:.2f} still {:.1f} points after one epoch of retraining"
     text += " (random masks {:.1f}, permuted label sets {:.1f}; the largest weights {:.1f}, one network)"
     says(text, mean.dilution.andc, *lost)
+
+
+def test_flowers():
+    """From what is committed of it: summary.json and the table of one figure."""
+    folder = runs.root() / "figures" / "flowers102-cpu"
+    rows, taps = runs.read_json(folder / "summary.json")["verdicts"], pd.read_csv(folder / "snr_per_encoder.csv")
+    assert {row["verdict"].split(" (")[0] for row in rows} == {"not tested"} and taps.seed.nunique() == 1
+
+    def says(text, *values):
+        states("Flowers-102", text, *values)
+
+    at = taps[(taps.threshold == 0.3) & ~taps.centred].sort_values("encoder").groupby(["tap", "network"])
+    accuracy, snr = ({key: list(values) for key, values in at[column]} for column in ("accuracy", "snr"))
+    block, answers, ff2 = snr["block", TRAINED], accuracy["block", TRAINED], snr["ff2", TRAINED]
+    says("answer {:.0f} % of the 6,149 test images in the first encoder and {:.0f} % in the last", *percent(answers))
+    assert answers == sorted(answers)  # "a little more in each"
+    says("(random weights: {:.0f} %)", 100 * sum(accuracy["block", RANDOM]) / len(answers))
+    assert all(min(snr[tap, TRAINED]) > max(snr[tap, RANDOM]) for tap in ("attn", "block", "ff2") if tap != "attn")
+    assert all(more > less for more, less in zip(snr["attn", TRAINED], snr["attn", RANDOM], strict=True))
+    says("grows early: {:.2f}, {:.2f} and {:.2f} in the first three encoders", *block[:3])
+    assert all(2.8 < value < 2.9 for value in block[3:])
+    says("`attn` grows from {:.2f} to {:.2f}", snr["attn", TRAINED][0], snr["attn", TRAINED][-1])
+    assert max(ff2) == ff2[1]
+    says("in the second encoder, {:.2f}, and falls to {:.2f} in the last", ff2[1], ff2[-1])
+    says("(`block` {:.2f}, after LayerNorm {:.2f}, weighed {:.2f})", block[-1],
+         snr["norm", TRAINED][0], snr["weighed", TRAINED][0])  # fmt: skip
+    says("sum has {:.2f} (the plain mean {:.2f})", snr["seqpool", TRAINED][0], snr["pooled", TRAINED][-1])
+    assert ff2[1:] == sorted(ff2[1:], reverse=True)  # "from the second encoder on"
+    says("answer better ({:.0f} to {:.0f} %)", *percent(accuracy["ff2", TRAINED][1:]))
+    shuffled = [abs(value - 1) for (_, network), values in snr.items() if network == "shuffled" for value in values]
+    says("Readouts of shuffled labels: 1 within {:.0f} %", 100 * max(shuffled))
+    notes = {row["statistic"].split(",")[0]: row["notes"] for row in rows if row["claim"] == "C3"}
+    found = {name: [float(word) for word in re.findall(r"\d\.\d{3}", note)][-3:] for name, note in notes.items()}
+    says("by {:.2f} to {:.2f}; from 40 to 80 epochs of training it moves by {:.2f} at most", *found["SNR of block"])
+    says("accuracy by {:.1f} points", 100 * found["accuracy of block"][-1])
+
+
+def percent(values: list[float]) -> tuple[float, float]:
+    return 100 * values[0], 100 * values[-1]
