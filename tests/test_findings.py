@@ -443,6 +443,8 @@ def test_flowers():
     says("in the second encoder, {:.2f}, and falls to {:.2f} in the last", ff2[1], ff2[-1])
     says("(`block` {:.2f}, after LayerNorm {:.2f}, weighed {:.2f})", block[-1],
          snr["norm", TRAINED][0], snr["weighed", TRAINED][0])  # fmt: skip
+    says("hardly here (120 epochs; {:.2f} to {:.2f})", *block[-2:])
+    says("in both (3.62 and {:.2f})", snr["weighed", TRAINED][0])
     says("sum has {:.2f} (the plain mean {:.2f})", snr["seqpool", TRAINED][0], snr["pooled", TRAINED][-1])
     assert ff2[1:] == sorted(ff2[1:], reverse=True)  # "from the second encoder on"
     says("answer better ({:.0f} to {:.0f} %)", *percent(accuracy["ff2", TRAINED][1:]))
