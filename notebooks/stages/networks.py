@@ -95,6 +95,7 @@ def kinds(run: Run) -> tuple[str, ...]:
     return (*NETWORKS, CALIBRATED) if run.settings.model.startswith("vgg") else NETWORKS
 
 
+@torch.no_grad()
 def refresh_statistics(network: nn.Module, x: Tensor, images: Images) -> None:
     """Take the statistics of batch norm anew, as means over batches of these images."""
     for module in network.modules():

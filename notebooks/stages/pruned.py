@@ -326,7 +326,6 @@ def _same_signs(masks: dict[str, Tensor], network: nn.Module, generator: torch.G
     return drawn
 
 
-@torch.no_grad()
 def signs_of_filters(half: Run) -> pd.DataFrame:
     """What ANDC removes from a CNN: one row per seed, threshold and layer, with the dilution and, of the kernels kept
     and of those removed, the share whose weights sum to less than 0 and the mean size (sum of |weights|). Filters
