@@ -466,5 +466,37 @@ def test_flowers():
     says("as on CIFAR-100 ({})", order["numbers"])
 
 
+def test_heads_of_flowers(summary):
+    found = runs.read_json(runs.root() / "figures" / "flowers102-cpu" / "summary.json")
+    results = found["results"]["04_head_modus_vivendi"]
+    encoders, maps = pd.DataFrame(results["encoders"]), pd.DataFrame(results["attention"])
+    along, random = (encoders[encoders.network == network].set_index("encoder") for network in (TRAINED, RANDOM))
+
+    def says(text, *values):
+        states("Flowers-102", text, *values)
+
+    rows = [row for row in found["verdicts"] if row["claim"] == "C5"]
+    assert {row["verdict"] for row in rows} == {"not tested (n = 1; rule met so far)"}  # "Both rules are met so far"
+    assert (along.z > 8).all() and along.excess.idxmax() == 7  # "in every encoder, most in the last"
+    says("(by {:.2f} nats, {:.0f} standard deviations", along.excess[7], along.z[7])
+    says("nowhere by more than {:.1f})", random.z.max())
+    both = pd.DataFrame(summary["04_head_modus_vivendi"]["encoders"]).query("network == 'trained'").excess.mean()
+    says("({:.2f} against {:.2f} nats)", along.excess.mean(), both)
+    gap = 100 * along.loc[7, ["gap", "gap_null_high", "first_mean_gap"]]
+    says("by {:.1f} points (dealt owners at most {:.1f} in 97.5 % of dealings; with the head at its mean {:.1f})", *gap)
+    assert list(along.index[along.gap <= along.gap_null_high]) == [1, 3]  # "not in the first and the third"
+    for text, encoder in (("by {:.2f} to {:.2f}, the other heads' on the same images by {:.2f} to {:.2f}; in the", 7),
+                          ("in the first by {:.2f} to {:.2f}, the others' by {:.2f} to {:.2f}", 1)):  # fmt: skip
+        columns = [maps[maps.encoder == encoder][name] for name in ("difference", "other_heads")]
+        says(text, *(end for column in columns for end in (column.min(), column.max())))
+    whole = 100 * pd.DataFrame(results["cooperation"]).set_index("encoder")
+    names = "the 64 nodes of a head answer {own:.1f} % of the images of its own labels, dealt nodes {own_dealt:.1f} % "
+    says((names + "(at most {own_high:.1f} in 97.5 % of dealings)").format(**whole.loc[7]))
+    assert (whole.own < whole.own_dealt)[:6].all()  # "in every encoder before it fewer"
+    says("({own:.0f} against {own_dealt:.0f} % in the first)".format(**whole.loc[1]))
+    says("less often ({choice:.1f} against {choice_dealt:.1f} %)".format(**whole.loc[7]))
+    says("(all nodes together {choice_all:.1f} and {choice_all_dealt:.1f} %)".format(**whole.loc[7]))
+
+
 def percent(values: list[float]) -> tuple[float, float]:
     return 100 * values[0], 100 * values[-1]
