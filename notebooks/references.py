@@ -6,7 +6,8 @@ python notebooks/references.py check [NAME ...]
 `make` trains as a walk of the profile would (and goes on where it was interrupted), halves the weights' precision,
 scores them on the test images and writes paperlib/models/references/<name>.safetensors with its card, and the card as
 <name>.md. A network that is there already stays, unless --replace is given: what was measured on it would no longer fit.
-`check` scores committed networks and compares with their cards: exit code 1 if an accuracy differs.
+`check` scores committed networks and compares with their cards: exit code 1 if an accuracy differs,
+or could not be compared because the images here are not those of the card.
 """
 
 # ruff: noqa: E501 (rows of a Markdown table)
@@ -35,13 +36,17 @@ PUBLISHED = {
     ("cifar100", "cct_7_3x1"): "77.05 % after 200 epochs, 80.92 % after 300 of a heavier recipe",
     ("flowers102", "cct_7_7x2"): "97.19 % after 300 epochs at 224 px, very probably on the common re-split",
 }
+# data_sha256 of a committed network -> what its images are, where a download would give others
+IMAGES = {
+    "4ffdf4809dc820d30149f02db33cdb009e723cefcd9bd68d516f5b4c0081bbbf": "64 x 64 JPEGs of low quality (mean error about 7/255 against resized originals), not the full-size originals"
+}
 CARD = """# {name}
 
 {model}, {parameters:,} parameters, stored in half precision. `paperlib.models.load_reference("{name}")`
 
 | | |
 |---|---|
-| data | {data}, {n_train} training and {n_test} test images of {image_size} x {image_size} pixels, {num_classes} labels |
+| data | {data}, {n_train} training and {n_test} test images of {image_size} x {image_size} pixels, {num_classes} labels{images} |
 | split | {split} |
 | test accuracy | {test_accuracy:.2%} (mean over labels {mean_class_accuracy:.2%}), of the weights as stored, in fp32 |
 | training | {epochs} epochs, {hours:.2f} hours on {machine}, seed {seed} |
@@ -109,6 +114,7 @@ def page(name: str) -> str:
     return CARD.format(
         **facts, name=name, epochs=recipe["epochs"], torch=environment["torch"],
         parameters=sum(p.numel() for p in models.load_reference(name).parameters()),
+        images="".join(f"; {images}" for key, images in IMAGES.items() if key == facts["data_sha256"]),
         split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"].removesuffix("-resplit")],
         machine=environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
         recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key not in unused),
@@ -123,6 +129,7 @@ def table() -> str:
     for name in models.references():
         facts = reference.card(name)
         cells = [f"[{name}](paperlib/models/references/{name}.md)", f"{facts['data']}, {facts['image_size']} px"]
+        cells[1] += ", low quality" * (facts["data_sha256"] in IMAGES)
         cells.append(re.split("[:;]", data.SPLITS[facts["data"]])[0])
         cells += [str(facts["recipe"]["epochs"]), f"{facts['hours']:.2f}", f"{facts['test_accuracy']:.2%}"]
         lines.append(f"| {' | '.join([*cells, PUBLISHED.get((facts['data'], facts['model']), '')])} |")
@@ -130,18 +137,18 @@ def table() -> str:
 
 
 def check(names: list[str]) -> int:
-    worst = 0
+    same = True
     print("| network | test images | accuracy in the card | accuracy here |\n|---|---|---|---|")
     for name in names:
         facts = reference.card(name)
         images = data.load(facts["data"], runs.folder_of("data"), facts["image_size"])
-        if images.sha256 != facts["data_sha256"]:
-            sys.exit(f"{name}: {facts['data']} is not the data that it was trained on")
-        accuracy, _ = scores(models.load_reference(name), images)
-        worst = max(worst, abs(accuracy - facts["test_accuracy"]))
-        cells = (name, str(facts["n_test"]), f"{facts['test_accuracy']:.4%}", f"{accuracy:.4%}")
-        print(f"| {' | '.join(cells)} |", flush=True)
-    return int(worst > 0)
+        accuracy, here = None, f"not scored: this {facts['data']} is not the data that it was trained on"
+        if images.sha256 == facts["data_sha256"]:
+            accuracy, _ = scores(models.load_reference(name), images)
+            here = f"{accuracy:.4%}"
+        same = same and accuracy == facts["test_accuracy"]
+        print(f"| {name} | {facts['n_test']} | {facts['test_accuracy']:.4%} | {here} |", flush=True)
+    return int(not same)
 
 
 def parser() -> argparse.ArgumentParser:

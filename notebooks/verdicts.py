@@ -130,8 +130,9 @@ def sharpening(nodes: pd.DataFrame, correct: dict, data: str, labels: int, penal
     for statistic, tap in [("accuracy", "block"), *(("SNR", tap) for tap in sorted(nodes.tap.unique()))]:
         if nodes[(nodes.tap == tap) & (nodes.network == "random")].encoder.nunique() < 2:
             continue  # taps that only pruning needs have no random twin, and the stem no depth
-        effects, intervals, beaten, numbers = _growth(nodes, correct, labels, statistic, tap)
+        effects, intervals, beaten, numbers, trends = _growth(nodes, correct, labels, statistic, tap)
         always, notes = _penalties(penalties[penalties.tap == tap], statistic)
+        notes = "; ".join(filter(None, (trends, notes)))
         text, met = f"{statistic} of {tap}, last - first encoder; rank trend > 0", all(beaten) and always
         rows.append(verdict("C3", data, text, effects, intervals, RANDOM_NETWORK, met, tap != "block", notes, numbers))
     return rows
@@ -149,22 +150,22 @@ def unified(nodes: pd.DataFrame, correct: dict[str, dict], data: str, labels: in
         effects = [min(pair) for pair in zip(*(effects for effects, *_ in found), strict=True)]
         intervals = [tuple(map(min, *pair)) for pair in zip(*(bounds for _, bounds, *_ in found), strict=True)]
         text = f"{statistic}, last - first depth, smaller of CCT and CNN; rank trend > 0 in both"
-        beaten = all(all(part) for _, _, part, _ in found) and all(always for always, _ in tried)
+        beaten = all(all(part) for _, _, part, *_ in found) and all(always for always, _ in tried)
         notes = "; ".join(
-            f"{half.upper()}: {np.mean(grown):.3f}" + f", {said}" * bool(said)
-            for (half, _), (grown, *_), (_, said) in zip(halves, found, tried, strict=True)
+            f"{half.upper()}: {np.mean(grown):.3f} ({trends})" + f", {said}" * bool(said)
+            for (half, _), (grown, *_, trends), (_, said) in zip(halves, found, tried, strict=True)
         )
-        numbers = "; ".join(f"{half.upper()} {curve}" for (half, _), (*_, curve) in zip(halves, found, strict=True))
+        numbers = "; ".join(f"{half.upper()} {curve}" for (half, _), (*_, curve, _) in zip(halves, found, strict=True))
         row = verdict("C1", data, text, effects, intervals, RANDOM_NETWORK, beaten, notes=notes, numbers=numbers)
         rows.append(row)
     return rows
 
 
-def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple[list, list, list, str]:
-    """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed; and
-    first and last of all networks in words, means over seeds. Where there is a second random network, `calibrated`,
-    both have to be exceeded."""
-    effects, intervals, beaten, ends = [], [], [], []
+def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap: str) -> tuple:
+    """Last - first of a tap's accuracy or SNR, its interval, and whether it exceeds the random network's, by seed; in
+    words first and last of all networks, means over seeds, and the rank trend of each seed with its interval. Where
+    there is a second random network, `calibrated`, both have to be exceeded."""
+    effects, intervals, beaten, ends, trends = [], [], [], [], []
     nulls = {"random": "random weights", "calibrated": "with statistics of training images"}
     nulls = {kind: words for kind, words in nulls.items() if kind in set(nodes[nodes.tap == tap].network)}
     for seed in sorted(nodes.seed.unique()):
@@ -181,13 +182,14 @@ def _growth(nodes: pd.DataFrame, correct: dict, labels: int, statistic: str, tap
         ends.append([curve[[0, -1]] for curve, _ in curves.values()])
         # Both conditions must hold in the interval: the trend's sign counts as the smaller of the two bounds.
         low, high = interval(draws[:, -1] - draws[:, 0])
-        trend_low = interval(rank_trend(draws))[0]
+        trend_low, trend_high = interval(rank_trend(draws))
+        trends.append(f"{rank_trend(point):.2f} [{trend_low:.2f}, {trend_high:.2f}]")
         intervals.append((low if trend_low > 0 else min(low, 0.0), high))
         beaten.append(all(sharper(point, curves[kind][0]) for kind in nulls))
     (first, last), *others = np.mean(ends, axis=0)
     both = zip(nulls.values(), others, strict=True)
     numbers = ", ".join(f"{words} {low:.2f} to {high:.2f}" for words, (low, high) in both)
-    return effects, intervals, beaten, f"{first:.2f} to {last:.2f} ({numbers})"
+    return effects, intervals, beaten, f"{first:.2f} to {last:.2f} ({numbers})", f"rank trend {', '.join(trends)}"
 
 
 def sharper(trained: np.ndarray, random: np.ndarray) -> bool:

@@ -160,13 +160,13 @@ def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Fi
     part = nodes[nodes.tap == tap].assign(noise=nodes.internal + nodes.external)
     for axis, column in zip(axes, ("labels", "clusters", "noise"), strict=True):
         for kind, colour, shift in (("trained", COLOURS[0], -0.15), ("random", COLOURS[6], 0.15)):
-            spread = part[part.network == kind].groupby("encoder")[column].quantile([0.025, 0.25, 0.5, 0.75, 0.975])
-            q = spread.unstack()
+            spread = part[part.network == kind].groupby("encoder")[column]
+            q = spread.quantile([0.025, 0.25, 0.5, 0.75, 0.975]).unstack()
             axis.vlines(q.index + shift, q[0.025], q[0.975], color=colour, lw=1)
             axis.vlines(q.index + shift, q[0.25], q[0.75], color=colour, lw=4)
             axis.plot(q.index + shift, q[0.5], "o", ms=4, mfc="white", color=colour, label=kind)
-        axis.set(xlabel="encoder", ylabel=f"{column} per node", ylim=None if column == "noise" else (0, None))
-    axes[2].set(ylabel="noise per node (label pairs)", yscale="log")
+        scale = {"yscale": "log"} if column == "noise" else {"ylim": (0, None)}
+        axis.set(xlabel="encoder", ylabel=f"{column} per node" + " (label pairs)" * (column == "noise"), **scale)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return _stamped(figure, f"{data}, nodes of {tap}", data, part)
 

@@ -117,6 +117,11 @@ def test_small_clusters(run, summary, curves):
     pairs = summary["02_snr_per_encoder"]["clustered pairs"]
     states("C2", "in {:.1f} % of cases", 100 * pairs["share of pairs in one superclass"])
     states("C2", "({:.1f} % at most)", 100 * pairs["permuted names, largest"])
+    named = stages.cluster_pairs(run)[0].set_index(["label", "other"]).nodes
+    assert named.idxmax() == ("oak_tree", "palm_tree")
+    states("C2", "share most ({} of 256 nodes)", named.max())
+    states("C2", "chair and fox share {},", named["chair", "fox"])
+    states("C2", "offset falls from {:.0f} to {:.0f} %", *percent(ends(curves["block", TRAINED].offset_share)))
     states("C2", "({:.2f} against {:.2f})", *(curves["attn", network].snr[1] for network in (TRAINED, RANDOM)))
     table = stages.penalties(run).query("epochs == 8 and tap == 'attn' and encoder == 1 and l2 == 'code'")
     snr = table.set_index("network").snr
@@ -457,6 +462,15 @@ def test_flowers():
     assert (
         "fails for the penalties 0.0001, 0.001, code (first seed)" in notes["SNR of block"]
     )  # "with three of the four"
+    says("the nodes before its second matrix, `ff1`, do not: {:.2f} to {:.2f})", *ends(pd.Series(snr["ff1", TRAINED])))
+    grown = {}  # (tap, threshold) -> whether the rule is met, last - first
+    for (tap, threshold), part in taps[~taps.centred & taps.tap.isin(["block", "ff2"])].groupby(["tap", "threshold"]):
+        trained, random = (part[part.network == kind].sort_values("encoder").snr for kind in (TRAINED, RANDOM))
+        met = verdicts.sharper(trained.to_numpy(), random.to_numpy())
+        grown[tap, threshold] = met, trained.iloc[-1] - trained.iloc[0]
+    assert all(met == (threshold > 0.45) for (tap, threshold), (met, _) in grown.items() if tap == "block")
+    assert all(growth < 0 for (tap, _), (_, growth) in grown.items() if tap == "ff2")  # "falls at all"
+    says("`block` grows by {:.2f} and {:.2f} and would meet the rule", grown["block", 0.5][1], grown["block", 0.6][1])
     trends = [float(verdicts.rank_trend(np.array(snr["block", network]))) for network in (TRAINED, RANDOM)]
     says("(rank trend {:.2f}; the random network's small rise has {:.2f})", *trends)
     order, error = (row for row in rows if row["claim"] == "C6")
@@ -480,23 +494,57 @@ def test_heads_of_flowers(summary):
     assert (along.z > 8).all() and along.excess.idxmax() == 7  # "in every encoder, most in the last"
     says("(by {:.2f} nats, {:.0f} standard deviations", along.excess[7], along.z[7])
     says("nowhere by more than {:.1f})", random.z.max())
-    both = pd.DataFrame(summary["04_head_modus_vivendi"]["encoders"]).query("network == 'trained'").excess.mean()
-    says("({:.2f} against {:.2f} nats)", along.excess.mean(), both)
+    both = pd.DataFrame(summary["04_head_modus_vivendi"]["encoders"]).query("network == 'trained'")
+    means = along.excess.mean(), both.excess.mean(), both.excess.iloc[-1]
+    says("({:.2f} against {:.2f} nats), in the last by less (there {:.2f})", *means)
     gap = 100 * along.loc[7, ["gap", "gap_null_high", "first_mean_gap"]]
     says("by {:.1f} points (dealt owners at most {:.1f} in 97.5 % of dealings; with the head at its mean {:.1f})", *gap)
+    assert abs(along.first_mean_gap[1]) < 0.0005  # "nothing is left of it"
     assert list(along.index[along.gap <= along.gap_null_high]) == [1, 3]  # "not in the first and the third"
-    for text, encoder in (("by {:.2f} to {:.2f}, the other heads' on the same images by {:.2f} to {:.2f}; in the", 7),
+    dealt = maps[maps.encoder == 7].dealt_high
+    says("(owners dealt at random: at most {:.2f} to {:.2f})", dealt.min(), dealt.max())
+    for text, encoder in (("by {:.2f} to {:.2f}, the other heads' on the same images by {:.2f} to {:.2f} (owners", 7),
                           ("in the first by {:.2f} to {:.2f}, the others' by {:.2f} to {:.2f}", 1)):  # fmt: skip
         columns = [maps[maps.encoder == encoder][name] for name in ("difference", "other_heads")]
         says(text, *(end for column in columns for end in (column.min(), column.max())))
     whole = 100 * pd.DataFrame(results["cooperation"]).set_index("encoder")
-    names = "the 64 nodes of a head answer {own:.1f} % of the images of its own labels, dealt nodes {own_dealt:.1f} % "
-    says((names + "(at most {own_high:.1f} in 97.5 % of dealings)").format(**whole.loc[7]))
-    assert (whole.own < whole.own_dealt)[:6].all()  # "in every encoder before it fewer"
+    text = "answers {own:.1f} % of their images (mean over labels) and {others:.1f} % of the others', dealt nodes "
+    text += "{own_dealt:.1f} % (at most {own_high:.1f} in 97.5 % of dealings) and {others_dealt:.1f} %"
+    says(text.format(**whole.loc[7]))
+    assert (whole.own < whole.own_dealt)[:6].all()  # "in every encoder before the last less often"
     says("({own:.0f} against {own_dealt:.0f} % in the first)".format(**whole.loc[1]))
-    says("less often ({choice:.1f} against {choice_dealt:.1f} %)".format(**whole.loc[7]))
+    says("the right one in {choice:.1f} % of cases, dealt nodes in {choice_dealt:.1f} %".format(**whole.loc[7]))
     says("(all nodes together {choice_all:.1f} and {choice_all_dealt:.1f} %)".format(**whole.loc[7]))
+    here = pd.DataFrame(summary["04_head_modus_vivendi"]["cooperation"]).iloc[-1]
+    says("as on CIFAR-100 by {:.0f} points", 100 * (here.own - here.own_dealt))
+
+
+def test_cnn_of_flowers():
+    rows = runs.read_json(runs.root() / "figures" / "flowers102-cpu" / "summary.json")["verdicts"]
+    accuracy, snr = (row for row in rows if row["claim"] == "C1")
+    assert "rule met so far" in accuracy["verdict"] and "rule not met so far" in snr["verdict"]
+    for row in (accuracy, snr):
+        assert "holds" in row["notes"].partition("CNN")[2] and "fails" not in row["notes"].partition("CNN")[2]
+    shares = re.search(r"CNN 0\.(\d\d) to 0\.(\d\d)", accuracy["numbers"]).groups()
+    states("Flowers-102", "filters answer {} % of the images in the first layer and {} % in the last", *shares)
+    states("Flowers-102", "from {} ({})", *re.search(r"CNN (\d\.\d\d to \d\.\d\d) \((.*)\)$", snr["numbers"]).groups())
 
 
 def percent(values: list[float]) -> tuple[float, float]:
     return 100 * values[0], 100 * values[-1]
+
+
+def test_seconds_of_readouts_on_the_page_of_speed():
+    page = (runs.root() / "docs" / "speed.md").read_text(encoding="utf-8")
+    for profile, stage in (
+        ("cifar100-cpu", "readouts-trained-seed0"),
+        ("cifar100-cpu", "penalties-trained-seed0"),
+        ("flowers102-cpu", "readouts-trained-seed0"),
+        ("flowers102-cpu", "heads-trained-seed0"),
+    ):
+        summary = runs.read_json(runs.root() / "figures" / profile / "summary.json")
+        assert f"| {summary['seconds'][stage]:,.0f} | {summary['peak_gb'][stage]:.1f} |" in page, stage
+    summary = runs.read_json(runs.root() / "figures" / "cifar100-cpu" / "summary.json")
+    seconds, gb = ([f"{summary[key][f'readouts-trained-seed{seed}']:{form}}" for seed in (1, 2)]
+                   for key, form in (("seconds", ",.0f"), ("peak_gb", ".1f")))  # fmt: skip
+    assert f"| {', '.join(seconds)} | {', '.join(gb)} |" in page

@@ -117,6 +117,17 @@ def test_taps_after_the_last_encoder_lead_to_the_logits(network):
         torch.testing.assert_close(recorded[f"{encoder}.pooled"], mean)
 
 
+def test_the_order_of_the_images_does_not_matter(network):
+    places, images, labels = taps.cct_taps(network, ["attn", "block"]), pictures(30), torch.arange(30) % 5
+    weights = train(network, places, images, labels, 5, RECIPE)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    one = readouts.measure(network, places, weights, images, labels, MEAN, STD)
+    other = readouts.measure(network, places, weights, images[order], labels[order], MEAN, STD)
+    for place in places:
+        torch.testing.assert_close(other.class_means[place.name], one.class_means[place.name])
+        assert torch.equal(other.correct[place.name], one.correct[place.name][order])
+
+
 def test_a_pooled_nodes_field_matrix_has_rank_one(network):
     """Why pooled and flattened readouts are not comparable: with one position, M_k is an outer product."""
     images, labels = pictures(30), torch.arange(30) % 5

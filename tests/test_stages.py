@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import parameters
 import pytest
@@ -420,3 +421,16 @@ def test_superclasses_are_twenty_of_five():
     assert len({int(found[names.index(name)]) for name in ("maple_tree", "oak_tree", "willow_tree")}) == 1
     assert found[names.index("whale")] != found[names.index("shark")]
     assert stages.superclasses(("a", "b")) is None
+
+
+def test_every_panel_of_the_distributions_shows_its_nodes():
+    """Medians lie well inside the axes, on the logarithmic scale of the noise too."""
+    rng = np.random.default_rng(0)
+    nodes = pd.DataFrame({"encoder": np.tile(np.arange(1, 8), 40), "tap": "block", "seed": 0})
+    nodes = nodes.assign(labels=rng.poisson(30, 280), clusters=rng.poisson(5, 280), internal=0)
+    nodes["external"] = 8.0 ** rng.uniform(0, 4, 280)
+    both = pd.concat([nodes.assign(network=kind) for kind in ("trained", "random")])
+    for axis in figures.node_distributions(both, "toy").axes:
+        to_axes = axis.transData - axis.transAxes
+        heights = np.concatenate([to_axes.transform(line.get_xydata())[:, 1] for line in axis.lines])
+        assert heights.min() > 0.1 and heights.max() < 0.9

@@ -102,6 +102,9 @@ def test_sharpening_needs_trend_and_growth(curve, word):
     nodes = nodes_table(3, curve, FLAT, spread=0.1)
     correct = answers(3, [c / 10 for c in curve], [0.1] * 4)
     rows = verdicts.sharpening(nodes, correct, "cifar100", L, penalty_table())
+    trend = f"rank trend {verdicts.rank_trend(np.array(curve)):.2f} ["
+    assert all(row["notes"].count("[") == 3 for row in rows)  # one a seed
+    assert curve == FLAT or all(row["notes"].startswith(trend) for row in rows)
     assert [row["statistic"].split(",")[0] for row in rows] == [
         "accuracy of block",
         "SNR of attn",
@@ -364,7 +367,9 @@ def test_cnn_and_transformer_must_agree(curve, word):
     tried["cnn"] = penalty_table(code=(0.3, 0.2, 0.1)).replace("block", "conv")  # one penalty fails in one half
     rows = verdicts.unified(pd.concat([cct, cnn]), correct, "cifar100", L, tried)
     assert {row["verdict"] for row in rows} == {"not supported"}
-    assert all(re.search(r"CNN: -?[\d.]+, fails for the penalties code", row["notes"]) for row in rows)
+    assert all(
+        re.search(r"CNN: -?[\d.]+ \(rank trend .*\), fails for the penalties code", row["notes"]) for row in rows
+    )
 
 
 def retrained_table(permuted_loss):

@@ -278,14 +278,14 @@ def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, 
 
 def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
     """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of dealt nodes, with the
-    97.5 % quantile over dealings of such means, and others; last what all nodes together choose among the same labels:
-    how hard these are."""
+    97.5 % quantile over dealings of such means, and others of both; last what all nodes together choose among the same
+    labels: how hard these are."""
     whole = table[table.whole]
     by_seed = whole.groupby(["nodes", "encoder", "seed"])[["own", "choice", "others"]]
     mean = by_seed.mean().groupby(level=["nodes", "encoder"]).mean()
     dealings = whole[whole.nodes == "dealt"].groupby(["encoder", "draw"])[["own", "choice"]].mean()
     high = dealings.groupby(level="encoder").quantile(0.975)
-    columns = {"others": mean.loc["head"].others}
+    columns = {"others": mean.loc["head"].others, "others_dealt": mean.loc["dealt"].others}
     for name in ("own", "choice"):
         columns |= {name: mean.loc["head"][name], f"{name}_dealt": mean.loc["dealt"][name], f"{name}_high": high[name]}
     everyone = table[table["size"] == table["size"].max()].groupby(["nodes", "encoder"]).choice.mean()

@@ -223,7 +223,7 @@ def _snr(run: Run, seed: int, kind: str, source: Artefact) -> Artefact:
 
 TAP_COLUMNS = [
     "accuracy", "snr", "snr_external", "signal", "noise", "clusters_per_node", "pooled_cluster_size", "labels_per_node",
-    "offset_share",
+    "offset_share", "internal_noise", "external_noise",
 ]  # fmt: skip
 
 
