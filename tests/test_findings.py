@@ -111,6 +111,13 @@ def test_small_clusters(run, summary, curves):
     states("C2", "recognises {:.1f} of the 100 labels on average", node.labels_per_node)
     states("C2", "(four in five nodes: {:.0f} to {:.0f})", *labels.quantile([0.1, 0.9]))
     states("C2", "in {:.1f} clusters of {:.1f} labels", node.clusters_per_node, node.pooled_cluster_size)
+    noise = stages.snr(run)[1].query("tap == 'block'").eval("noise = internal + external")
+    noise = noise.groupby(["network", "encoder"]).noise.median()
+    values = noise[TRAINED, 7], noise[TRAINED, 1], noise[RANDOM, 7]
+    text = (
+        "Its noise is {:.0f} of 9,900 pairs of two different labels (median; in the first encoder {:.0f}, with random"
+    )
+    states("C2", text + " weights {:,.0f})", *values)
     states("C2", "random network's have {:.1f} labels", curves["block", RANDOM].pooled_cluster_size.iloc[-1])
     shuffled = pd.concat([curve.snr for (_, network), curve in curves.items() if network == "shuffled"])
     states("C2", "is 1 within {:.0f} %", 100 * (shuffled - 1).abs().max())
@@ -516,7 +523,7 @@ def test_heads_of_flowers(summary):
     says("the right one in {choice:.1f} % of cases, dealt nodes in {choice_dealt:.1f} %".format(**whole.loc[7]))
     says("(all nodes together {choice_all:.1f} and {choice_all_dealt:.1f} %)".format(**whole.loc[7]))
     here = pd.DataFrame(summary["04_head_modus_vivendi"]["cooperation"]).iloc[-1]
-    says("as on CIFAR-100 by {:.0f} points", 100 * (here.own - here.own_dealt))
+    says("as on CIFAR-100 by {:.1f} points", 100 * (here.own - here.own_dealt))
 
 
 def test_cnn_of_flowers():
