@@ -38,7 +38,7 @@ PUBLISHED = {
 }
 # data_sha256 of a committed network -> what its images are, where a download would give others
 IMAGES = {
-    "4ffdf4809dc820d30149f02db33cdb009e723cefcd9bd68d516f5b4c0081bbbf": "64 x 64 JPEGs of low quality (mean error about 7/255 against resized originals), not the full-size originals"
+    "4ffdf4809dc820d30149f02db33cdb009e723cefcd9bd68d516f5b4c0081bbbf": "64 x 64 JPEGs of low quality (mean error about 7/255 against resized originals, not measured here), not the full-size originals"
 }
 CARD = """# {name}
 
@@ -129,7 +129,7 @@ def table() -> str:
     for name in models.references():
         facts = reference.card(name)
         cells = [f"[{name}](paperlib/models/references/{name}.md)", f"{facts['data']}, {facts['image_size']} px"]
-        cells[1] += ", low quality" * (facts["data_sha256"] in IMAGES)
+        cells[1] += ", low-quality JPEGs" * (facts["data_sha256"] in IMAGES)
         cells.append(re.split("[:;]", data.SPLITS[facts["data"]])[0])
         cells += [str(facts["recipe"]["epochs"]), f"{facts['hours']:.2f}", f"{facts['test_accuracy']:.2%}"]
         lines.append(f"| {' | '.join([*cells, PUBLISHED.get((facts['data'], facts['model']), '')])} |")

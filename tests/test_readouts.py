@@ -118,9 +118,9 @@ def test_taps_after_the_last_encoder_lead_to_the_logits(network):
 
 
 def test_the_order_of_the_images_does_not_matter(network):
-    places, images, labels = taps.cct_taps(network, ["attn", "block"]), pictures(30), torch.arange(30) % 5
+    places, images, labels = taps.cct_taps(network, ["attn", "block"]), pictures(150), torch.arange(150) % 5
     weights = train(network, places, images, labels, 5, RECIPE)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
     one = readouts.measure(network, places, weights, images, labels, MEAN, STD)
     other = readouts.measure(network, places, weights, images[order], labels[order], MEAN, STD)
     for place in places:

@@ -54,8 +54,13 @@ def test_check_compares_accuracies_with_cards(made, capsys):
 
 
 def test_check_wants_the_data_of_the_card(made, capsys):
+    """A network of other images is not scored, and those after it still are."""
+    references.make("quick", 0, True, CUT)
     edited_card(made, data_sha256="0" * 64)
-    assert references.main(["check"]) == 1 and "not the data" in capsys.readouterr().out
+    capsys.readouterr()
+    assert references.main(["check"]) == 1
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert made in first and "not the data" in first and "vgg" in second and second.count("%") == 2
 
 
 def test_a_walk_starts_from_a_reference(made):
