@@ -114,7 +114,7 @@ def page(name: str) -> str:
     return CARD.format(
         **facts, name=name, epochs=recipe["epochs"], torch=environment["torch"],
         parameters=sum(p.numel() for p in models.load_reference(name).parameters()),
-        images="".join(f"; {images}" for key, images in IMAGES.items() if key == facts["data_sha256"]),
+        images=f"; {IMAGES[facts['data_sha256']]}" if facts["data_sha256"] in IMAGES else "",
         split=data.SPLITS[facts["data"]], licence=LICENCES[facts["data"].removesuffix("-resplit")],
         machine=environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
         recipe_text=", ".join(f"{key} {value}" for key, value in recipe.items() if key not in unused),
