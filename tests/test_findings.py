@@ -527,6 +527,58 @@ def test_heads_of_flowers(summary):
     says("as on CIFAR-100 by {:.1f} points", 100 * (here.own - here.own_dealt))
 
 
+def test_pruning_of_flowers():
+    found = runs.read_json(runs.root() / "figures" / "flowers102-cpu" / "summary.json")
+    results, wide = found["results"]["03_andc_pruning"], ["andc", "random", "permuted", "magnitude"]
+    table = pd.DataFrame(results["pruning"]).pivot(index=["layers", "threshold"], columns="method")
+
+    def says(text, *values):
+        states("Flowers-102", text, *values)
+
+    def at(layers, threshold, column, methods=wide):
+        return table[column].loc[(layers, threshold), methods]
+
+    rows = [row for row in found["verdicts"] if row["claim"] == "C4"]
+    decide = [row["verdict"] for row in rows if "FF layers" in row["statistic"]]
+    assert decide == 2 * ["not tested (n = 1; rule not met so far)"]  # "Neither rule is met so far"
+    unpruned = table.accuracy.andc + table.loss.andc  # straight after pruning, all test images
+    left = [value for threshold in (0.3, 0.4) for value in 100 * at("ff", threshold, "accuracy")]
+    dilutions = [table.dilution.andc["ff", threshold] for threshold in (0.3, 0.4)]
+    four = "{:.1f}, {:.1f}, {:.1f} and {:.1f}"
+    says("of the {:.1f} % right answers", 100 * unpruned["ff", 0.3])
+    text = "at a dilution of {4:.2f} ANDC leaves {0:.1f} %, random masks {1:.1f}, permuted label sets {2:.1f} and the"
+    says(text + " largest weights {3:.1f}", *left[:4], dilutions[0])
+    says(f"at {{:.2f}} it is {four}", dilutions[1], *left[4:])
+    text = "ANDC loses {:.1f} points, random masks {:.1f}, permuted label sets {:.1f} and the largest weights {:.1f}"
+    says(text, *(100 * at("ff", 0.3, "retrained_loss")))
+    says(f"at {{:.2f}} {four}", dilutions[1], *(100 * at("ff", 0.4, "retrained_loss")))
+    text = "costs {:.1f} points at a dilution of {:.2f} after five epochs of retraining (random masks {:.1f}, permuted label"
+    ours, random, permuted, largest = 100 * at("ff", 0.4, "retrained_loss")
+    text += " sets {:.1f}; the largest weights {:.1f})"
+    states("What the heads agree on", text, ours, dilutions[1], random, permuted, largest, page="README.md")
+    three = table.loc["ff"]
+    straight = three.loss.andc - three.loss[["random", "permuted"]].max(axis=1)
+    assert (straight.loc[:0.4] > 0).all() and (straight.loc[0.5:] < 0).all()  # "straight away worse than chance, though"
+    deep, controls = 100 * three.accuracy.andc.loc[0.5:], 100 * three.accuracy.loc[0.5:, ["random", "permuted"]].stack()
+    text = "where it leaves {:.0f} to {:.0f} % and the controls {:.0f} to {:.0f}"
+    says(text, deep.min(), deep.max(), controls.min(), controls.max())
+    largest = pd.DataFrame(results["largest"]).set_index(["layers", "method"])
+    assert list(largest.loc["ff"].retrained.dropna().index) == ["activation", "magnitude"]
+    says("within the rule's bounds up to {:.2f}", largest.retrained.max())
+    best = three.retrained_loss[["random", "permuted"]].min(axis=1) - three.retrained_loss.andc
+    assert (best.dropna() > 0).all() and best.max() < 0.01  # "a little less than both controls"
+    why = 100 * pd.DataFrame(results["why"]).query("threshold == 0.3").set_index("method")
+    order = why.loc[["andc", "random", "permuted"]]
+    text = "leaves {:.1f} % at {:.2f}, random masks {:.1f}, permuted label sets {:.1f}"
+    says(text, order.kept_means_accuracy.iloc[0], dilutions[0], *order.kept_means_accuracy.iloc[1:])
+    says("without {:.1f}, {:.1f} and {:.1f})", *order.accuracy)
+    text = "**classifier** at a dilution of {4:.2f} ANDC costs {0:.1f} points straight away, random masks {1:.1f} and permuted"
+    cost = 100 * at("classifier", 0.2, "loss")
+    says(text + " label sets {2:.1f}", *cost, table.dilution.andc["classifier", 0.2])
+    cost = 100 * at("classifier", 0.2, "retrained_loss")
+    says("after a training of the classifier alone {:.1f}, {:.1f} and {:.1f} (the largest weights {:.1f})", *cost)
+
+
 def test_cnn_of_flowers():
     found = runs.read_json(runs.root() / "figures" / "flowers102-cpu" / "summary.json")
     rows, results = found["verdicts"], found["results"]["05_cnn_counterpart"]
