@@ -552,13 +552,13 @@ def test_pruning_of_flowers():
     text = "ANDC loses {:.1f} points, random masks {:.1f}, permuted label sets {:.1f} and the largest weights {:.1f}"
     says(text, *(100 * at("ff", 0.3, "retrained_loss")))
     says(f"at {{:.2f}} {four}", dilutions[1], *(100 * at("ff", 0.4, "retrained_loss")))
-    text = "costs {:.1f} points at a dilution of {:.2f} after five epochs of retraining (random masks {:.1f}, permuted label"
+    text = "costs {:.1f} points at a dilution of {:.2f} after five epochs of retraining (random masks {:.1f}, "
     ours, random, permuted, largest = 100 * at("ff", 0.4, "retrained_loss")
-    text += " sets {:.1f}; the largest weights {:.1f})"
+    text += "permuted label sets {:.1f}; the largest weights {:.1f})"
     states("What the heads agree on", text, ours, dilutions[1], random, permuted, largest, page="README.md")
     three = table.loc["ff"]
     straight = three.loss.andc - three.loss[["random", "permuted"]].max(axis=1)
-    assert (straight.loc[:0.4] > 0).all() and (straight.loc[0.5:] < 0).all()  # "straight away worse than chance, though"
+    assert (straight.loc[:0.4] > 0).all() and (straight.loc[0.5:] < 0).all()  # "worse than chance, though"
     deep, controls = 100 * three.accuracy.andc.loc[0.5:], 100 * three.accuracy.loc[0.5:, ["random", "permuted"]].stack()
     text = "where it leaves {:.0f} to {:.0f} % and the controls {:.0f} to {:.0f}"
     says(text, deep.min(), deep.max(), controls.min(), controls.max())
@@ -572,9 +572,9 @@ def test_pruning_of_flowers():
     text = "leaves {:.1f} % at {:.2f}, random masks {:.1f}, permuted label sets {:.1f}"
     says(text, order.kept_means_accuracy.iloc[0], dilutions[0], *order.kept_means_accuracy.iloc[1:])
     says("without {:.1f}, {:.1f} and {:.1f})", *order.accuracy)
-    text = "**classifier** at a dilution of {4:.2f} ANDC costs {0:.1f} points straight away, random masks {1:.1f} and permuted"
+    text = "**classifier** at a dilution of {4:.2f} ANDC costs {0:.1f} points straight away, random masks {1:.1f} and "
     cost = 100 * at("classifier", 0.2, "loss")
-    says(text + " label sets {2:.1f}", *cost, table.dilution.andc["classifier", 0.2])
+    says(text + "permuted label sets {2:.1f}", *cost, table.dilution.andc["classifier", 0.2])
     cost = 100 * at("classifier", 0.2, "retrained_loss")
     says("after a training of the classifier alone {:.1f}, {:.1f} and {:.1f} (the largest weights {:.1f})", *cost)
 
