@@ -18,7 +18,7 @@ import pandas as pd
 import parameters
 import stages
 
-from paperlib import readouts, snp, taps, training
+from paperlib import taps, training
 from paperlib.runs import Run
 
 KINDS = ("attn", "block")
@@ -30,14 +30,7 @@ def measured(run: Run, seed: int) -> pd.DataFrame:
     images, last = run.images.to(training.best_device()), len(network.classifier.blocks)
     places = [place for place in taps.places(network, KINDS) if place.encoder in stages.first_middle_last(last)]
     weights = stages.trained_readouts(run, network, places, images, seed)
-    found = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
-    rows = []
-    for place in places:
-        fields = snp.field_matrices(weights[place.name], found.class_means[place.name])
-        statistics = snp.tap_statistics(snp.boolean_matrices(fields, run.settings.threshold))
-        row = {"encoder": place.encoder, "tap": place.kind, "snr": statistics.snr}
-        rows.append(row | {"accuracy": found.correct[place.name].float().mean().item()})
-    return pd.DataFrame(rows).set_index(["tap", "encoder"]).sort_index()
+    return stages.accuracy_and_snr(run, network, places, weights, images).set_index(["tap", "encoder"]).sort_index()
 
 
 def compared(again: pd.DataFrame, table: pd.DataFrame, seed: int, images: int) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Taps + labels -> one linear readout per tap, all trained in the same passes over the frozen network."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paperlib import distributed, files
-from paperlib.data import augmented_batches, normalise
+from paperlib.data import BATCH, augmented_batches, normalise
 from paperlib.snp import class_sums, means_of
 from paperlib.taps import Tap, activations, recording
 from paperlib.training import autocast, generator, in_bf16, progress, schedule
@@ -46,31 +46,32 @@ def train_readouts(
     log: Callable[[str], None] = print,
     penalty: Callable[[str, float], float] | None = None,
     checkpoint: Path | None = None,
+    lengths: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Train a readout on each tap of a frozen network: uint8 images, labels -> tap name -> weight (L, T, D), fp32.
 
     A readout is linear, without bias, from all T*D activations to the L labels (family). It aims at the minimum of mean
     cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
     into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice). `penalty`
-    gives a tap's l2 from its name and RMS, where one penalty for all is not meant. With `checkpoint`, what was stopped
-    goes on from the state last saved (after an epoch, every `SAVE_SECONDS`), to the same end; ValueError for another's.
+    gives a tap's l2 from its name and RMS, where one penalty for all is not meant. `lengths`, several numbers of epochs
+    in place of the recipe's, give one readout each, from the same start: `tap@length`. With `checkpoint`, what was
+    stopped goes on from the state last saved (after an epoch, every `SAVE_SECONDS`), to the same end; ValueError for
+    another's.
     """
+    epochs = max(lengths, default=recipe.epochs)
+    ends = [(tap.name, tap.name + f"@{end}" * bool(lengths), end) for tap in taps for end in lengths or [epochs]]
     precision = "bf16" if in_bf16(recipe.precision, images.device) else "fp32"
     scales = _rms(network, taps, images[:1024], mean, std)
-    weights = {}
+    weights, groups = {}, []
     with recording(network, taps) as recorded, torch.no_grad():
         network.eval()
         network(normalise(images[:1], mean, std))
-        for tap in taps:
-            features = recorded[tap.name][0].numel()
-            start = torch.rand(num_labels, features, generator=generator(seed, "readout", tap.name)) * 2 - 1
-            weights[tap.name] = (start / features**0.5).to(images.device)
-            weights[tap.name].grad = torch.zeros_like(weights[tap.name])
-        penalties = {name: penalty(name, scales[name]) if penalty else recipe.l2 for name in weights}
-        groups = [
-            {"params": [weight], "weight_decay": penalties[name], "rate": recipe.lr / weight.shape[1] ** 0.5}
-            for name, weight in weights.items()
-        ]
+        for tap, name, _ in ends:
+            features = recorded[tap][0].numel()
+            start = torch.rand(num_labels, features, generator=generator(seed, "readout", tap)) * 2 - 1
+            weights[name] = (start / features**0.5).to(images.device)
+            l2 = penalty(tap, scales[tap]) if penalty else recipe.l2
+            groups.append({"params": [weights[name]], "weight_decay": l2, "rate": recipe.lr / features**0.5})
         adam = torch.optim.Adam(groups, lr=recipe.lr, fused=True)
         done, known = 0, {"recipe": asdict(recipe), "seed": seed, "taps": list(weights)}
         if checkpoint is not None and checkpoint.exists():
@@ -82,32 +83,33 @@ def train_readouts(
                 for name, weight in weights.items():
                     weight.copy_(saved["weights"].pop(name))  # with every copy one less to hold
                 done, scales, precision = (saved[key] for key in ("epochs", "scales", "precision"))  # as it began
-            log(f"readouts, resuming after epoch {done}/{recipe.epochs}")
+            log(f"readouts, resuming after epoch {done}/{epochs}")
         batches, last = -(-len(images) // recipe.batch_size), time.monotonic()
         steps_per_epoch = min(batches, recipe.max_steps or batches)
-        for epoch in range(done, recipe.epochs):
-            losses = torch.zeros(len(taps), device=images.device)
+        for epoch in range(done, epochs):
+            running = {name: tap for tap, name, end in ends if epoch < end}
+            for name, weight in weights.items():
+                weight.grad = torch.zeros_like(weight) if name in running else None  # without, Adam leaves it alone
+            losses = torch.zeros(len(running), device=images.device)
             random = generator(seed, "readout batches", epoch)
             stream = augmented_batches(images, labels, recipe.batch_size, recipe.shift, recipe.flip, random)
             steps = zip(range(steps_per_epoch), stream, strict=False)
             for step, (batch, batch_labels) in progress(steps, steps_per_epoch, f"readouts, epoch {epoch + 1}"):
                 with autocast(precision, images.device):  # the frozen network only; the readouts are fp32
                     network(normalise(batch, mean, std))
-                for index, tap in enumerate(taps):
-                    activation = recorded[tap.name].flatten(1).float()
-                    losses[index] += _gradient(weights[tap.name], activation, scales[tap.name], batch_labels)
-                factor = schedule(epoch * steps_per_epoch + step, recipe.epochs * steps_per_epoch, 0.0)
-                for group in adam.param_groups:
-                    group["lr"] = group["rate"] * factor
+                for index, (name, tap) in enumerate(running.items()):
+                    activation = recorded[tap].flatten(1).float()
+                    losses[index] += _gradient(weights[name], activation, scales[tap], batch_labels)
+                for group, (_, _, end) in zip(adam.param_groups, ends, strict=True):
+                    group["lr"] = group["rate"] * schedule(epoch * steps_per_epoch + step, end * steps_per_epoch, 0.0)
                 adam.step()
-            if checkpoint is not None and epoch + 1 < recipe.epochs and time.monotonic() - last >= SAVE_SECONDS:
+            if checkpoint is not None and epoch + 1 < epochs and time.monotonic() - last >= SAVE_SECONDS:
                 known |= {"scales": scales, "precision": precision, "epochs": epoch + 1}
                 with files.whole(checkpoint) as file:
                     torch.save(known | {"weights": weights, "adam": adam.state_dict()}, file)
                 last = time.monotonic()
-            log(f"readouts, epoch {epoch + 1}/{recipe.epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
-        positions = {tap.name: recorded[tap.name].shape[1:] for tap in taps}
-    return {name: (weight.detach() / scales[name]).unflatten(1, positions[name]) for name, weight in weights.items()}
+            log(f"readouts, epoch {epoch + 1}/{epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
+        return {name: (weights[name] / scales[tap]).unflatten(1, recorded[tap].shape[1:]) for tap, name, _ in ends}
 
 
 def _gradient(weight: Tensor, features: Tensor, scale: float, labels: Tensor) -> Tensor:
@@ -156,11 +158,8 @@ def measure(
     counts = labels.new_zeros(len(next(iter(weights.values()))))
     correct: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
     head_correct: dict[str, list[Tensor]] = {tap.name: [] for tap in taps if tap.heads}
-    start = 0
-    for batch in activations(network, taps, images, mean, std):
-        size = len(next(iter(batch.values())))
-        batch_labels = labels[start : start + size]
-        start += size
+    batches = activations(network, taps, images, mean, std, BATCH)
+    for batch, batch_labels in zip(batches, labels.split(BATCH), strict=True):
         counts.index_add_(0, batch_labels, torch.ones_like(batch_labels))
         for tap in taps:
             class_sums(sums[tap.name], batch[tap.name], batch_labels)

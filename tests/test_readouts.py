@@ -203,7 +203,7 @@ def test_one_batch_of_activations_is_in_memory_at_a_time(build, monkeypatch):
     weights = {tap.name: torch.randn(3, 16, 128, generator=seeded()) for tap in found}
 
     def watched(*arguments):
-        for batch in taps.activations(*arguments, batch_size=3):
+        for batch in taps.activations(*arguments):
             seen.extend(weakref.ref(value) for value in batch.values())
             yield batch
 
@@ -212,6 +212,7 @@ def test_one_batch_of_activations_is_in_memory_at_a_time(build, monkeypatch):
 
     network.register_forward_pre_hook(before)
     monkeypatch.setattr(readouts, "activations", watched)
+    monkeypatch.setattr(readouts, "BATCH", 3)
     readouts.measure(network, found, weights, pictures(7), torch.arange(7) % 3, MEAN, STD)
     assert len(passes) == 3 and len(passes[2]) == 2 * 2 * 2  # two batches, two taps of two encoders
     assert all(value is None for each in passes for value in each)
@@ -370,6 +371,33 @@ def test_every_tap_may_have_its_own_penalty():
         alone = train(network, [twin], images, labels, 3, replace(RECIPE, l2=l2))
         torch.testing.assert_close(both[twin.name], alone[twin.name])
     assert both[twins[0].name].norm() < both[twins[1].name].norm()
+
+
+def test_lengths_of_one_pass_are_trainings_of_their_own(network, tmp_path, monkeypatch):
+    """Each with its whole decay, bit for bit, none going on after its end; also when it was stopped in between."""
+    found, images, labels = taps.cct_taps(network, ["attn", "block"])[-3:], pictures(20), torch.arange(20) % 5
+
+    def trained(log=lambda line: None, lengths=(1, 2, 4), checkpoint=None):
+        return readouts.train_readouts(
+            network, found, images, labels, 5, MEAN, STD, RECIPE, 0, log, None, checkpoint, lengths
+        )
+
+    def stops(line):
+        if "epoch 3/4" in line:
+            raise KeyboardInterrupt
+
+    together = trained()
+    assert list(together) == [f"{tap.name}@{length}" for tap in found for length in (1, 2, 4)]
+    for length in (1, 2, 4):
+        alone = train(network, found, images, labels, 5, replace(RECIPE, epochs=length))
+        assert all(torch.equal(together[f"{tap.name}@{length}"], alone[tap.name]) for tap in found)
+    monkeypatch.setattr(readouts, "SAVE_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(stops, checkpoint=tmp_path / "readouts.pt")
+    resumed = trained(checkpoint=tmp_path / "readouts.pt")
+    assert all(torch.equal(resumed[name], together[name]) for name in together)
+    with pytest.raises(ValueError, match="for other taps"):
+        trained(lengths=(1, 4), checkpoint=tmp_path / "readouts.pt")
 
 
 def test_stopped_readouts_end_as_if_nothing_had_happened(network, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from stages.networks import NETWORKS, build_network, cnn_half, learning_curves, 
 from stages.nodes import (
     SUPERCLASSES,
     TAP_COLUMNS,
+    accuracy_and_snr,
     after_the_last_encoder,
     both_halves,
     chosen_nodes,

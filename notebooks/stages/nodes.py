@@ -97,7 +97,7 @@ def matrices(run: Run, seed: int, kind: str) -> Artefact:
 
 def trained_readouts(
     run: Run, network, places, images: Images, seed: int, folder: Path | None = None, shuffled=False, epochs=None,
-    penalty=None,
+    penalty=None, lengths=(),
 ):  # fmt: skip
     """Readouts of some taps, trained on the kept training images as the settings say; checkpoints go to the folder."""
     s = run.settings
@@ -111,8 +111,20 @@ def trained_readouts(
     labels = len(images.classes)
     checkpoint = folder / f"readouts-{how.epochs}.pt" if folder else None
     return readouts.train_readouts(
-        network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty, checkpoint
+        network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty, checkpoint, lengths
     )
+
+
+def accuracy_and_snr(run: Run, network, places, weights: dict[str, Tensor], images: Images) -> pd.DataFrame:
+    """encoder, tap, accuracy (0..1, readout), snr (main threshold), over the test images."""
+    found = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
+    rows = []
+    for place in places:
+        fields = snp.field_matrices(weights[place.name], found.class_means[place.name])
+        statistics = snp.tap_statistics(snp.boolean_matrices(fields, run.settings.threshold))
+        row = {"encoder": place.encoder, "tap": place.kind, "snr": statistics.snr}
+        rows.append(row | {"accuracy": found.correct[place.name].float().mean().item()})
+    return pd.DataFrame(rows)
 
 
 def penalties(run: Run) -> pd.DataFrame:
