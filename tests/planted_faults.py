@@ -33,7 +33,7 @@ FAULTS = [
     ("snp", "return sums / counts.view(-1, 1, 1)", "return sums / counts.float().mean()", "snp readouts",
      "class means wrong for unequal numbers of images"),
     ("readouts", 'group["rate"] * schedule', '0 * group["rate"] * schedule', "readouts", "readouts do not learn"),
-    ("readouts", "weight.detach() / scales[name]", "weight.detach() * scales[name]", "readouts", "RMS not absorbed"),
+    ("readouts", "weights[name] / scales[tap]", "weights[name] * scales[tap]", "readouts", "RMS not absorbed"),
     ("readouts", "fields = heads.sum(dim=1)", "fields = heads[:, 0]", "readouts", "the first head speaks for all"),
     ("taps", '"attn": ("self_attn.proj", "input")', '"attn": ("self_attn.proj", "output")', "readouts models",
      "heads recorded after they are mixed"),
@@ -74,7 +74,7 @@ FAULTS = [
     ("notebooks/verdicts", "low if trend_low > 0 else min(low, 0.0)", "low", "verdicts", "the trend may be uncertain"),
     ("notebooks/verdicts", "[tuple(map(min, *pair)) for pair", "[pair[0] for pair", "verdicts",
      "C1: the CNN may be uncertain"),
-    ("notebooks/verdicts", "all(all(part) for _, _, part, _ in found)", "all(found[0][2])", "verdicts",
+    ("notebooks/verdicts", "all(all(part) for _, _, part, *_ in found)", "all(found[0][2])", "verdicts",
      "C1: the CNN's random network is not looked at"),
     ("notebooks/stages/pruned", "x, y = images.x_train[held], images.y_train[held]",
      "x, y = images.x_test, images.y_test", "stages", "test images decide the classifier's masks"),
@@ -91,19 +91,26 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def planted(root: Path, fault: tuple) -> tuple[Path, str]:
+    """The file and its text with the fault in place; ValueError if the code is not there to be replaced."""
+    module, code, wrong, *_ = fault
+    path = root / (f"{module}.py" if "/" in module else f"paperlib/{module}.py")
+    text = path.read_text(encoding="utf-8")
+    if text.count(code) != 1:
+        raise ValueError(f"{module}.py has {code!r} {text.count(code)} times")
+    return path, text.replace(code, wrong)
+
+
 def noticed(fault: tuple) -> bool:
-    """Whether the tests fail with the fault in place; ValueError if the code is not there to be replaced."""
-    module, code, wrong, tests, _ = fault
+    """Whether the tests fail with the fault in place."""
+    *_, tests, _ = fault
     with tempfile.TemporaryDirectory() as folder:
         for part in ("paperlib", "tests", "notebooks", "pyproject.toml"):
             source = ROOT / part
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, Path(folder) / part)
-        path = Path(folder) / (f"{module}.py" if "/" in module else f"paperlib/{module}.py")
-        text = path.read_text(encoding="utf-8")
-        if text.count(code) != 1:
-            raise ValueError(f"{module}.py has {code!r} {text.count(code)} times")
-        path.write_text(text.replace(code, wrong), encoding="utf-8")
+        path, text = planted(Path(folder), fault)
+        path.write_text(text, encoding="utf-8")
         files = [f"tests/test_{name}.py" for name in tests.split()]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]

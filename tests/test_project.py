@@ -17,6 +17,7 @@ import parameters
 import pytest
 import references
 import yaml
+from planted_faults import FAULTS, planted
 from store_outputs import MARKS, REFERENCES, with_lines, with_tables
 from walk import _chosen, parser
 
@@ -208,6 +209,12 @@ def test_the_pages_show_the_committed_verdicts(profile):
 def test_the_readme_shows_the_committed_networks():
     page = (ROOT / "README.md").read_text()
     assert with_lines(page, REFERENCES, references.table()) == page
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[-1] for fault in FAULTS])
+def test_faults_can_be_planted(fault):
+    _, text = planted(ROOT, fault)
+    ast.parse(text)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
