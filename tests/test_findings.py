@@ -12,7 +12,7 @@ import stages
 import torch
 import verdicts
 
-from paperlib import andc, heads, runs
+from paperlib import andc, heads, runs, snp
 
 TRAINED, RANDOM = "trained", "random"
 
@@ -98,6 +98,10 @@ def test_one_mechanism(run, curves):
     grown = [table[table.network == TRAINED].groupby("l2").snr.agg(lambda c: c.iloc[-1] - c.iloc[0]) for table in both]
     states("C1", "is {:.1f} to {:.1f} in the CCT", grown[0].min(), grown[0].max())
     states("C1", "and {:.1f} to {:.1f} in the CNN", grown[1].min(), grown[1].max())
+    longer = stages.penalties(stages.cnn_half(run)).query("network == 'trained' and l2 == '0.0001'")
+    longer = longer.pivot(index="encoder", columns="epochs", values="snr")
+    states("C1", "halves from 4 to 8 epochs ({:.2f} to {:.2f})", *(longer.iloc[-1] - longer.iloc[0]))
+    states("C1", "falls, from {:,.0f} to {:.0f} pairs of labels", *ends(cnn.internal_noise + cnn.external_noise))
     twin = curves["conv", "calibrated"]
     text = "accuracy falls from {:.0f} to {:.0f} % and SNR stays between {:.1f} and {:.1f}."
     states("C1", text, *ends(100 * twin.accuracy), twin.snr.min(), twin.snr.max())
@@ -111,11 +115,23 @@ def test_small_clusters(run, summary, curves):
     states("C2", "recognises {:.1f} of the 100 labels on average", node.labels_per_node)
     states("C2", "(four in five nodes: {:.0f} to {:.0f})", *labels.quantile([0.1, 0.9]))
     states("C2", "in {:.1f} clusters of {:.1f} labels", node.clusters_per_node, node.pooled_cluster_size)
+    inside = node.internal_noise
+    text = "in {:.0f} of 9,900 pairs of labels, {:.0f} of them inside its clusters"
+    states("C2", text, inside + node.external_noise, inside)
+    assert abs(node.labels_per_node / 100 / ((inside + node.external_noise) / 9900) - node.snr) < 0.02  # S / N
     noise = stages.snr(run)[1].query("tap == 'block'").eval("noise = internal + external")
     noise = noise.groupby(["network", "encoder"]).noise.median()
-    values = noise[TRAINED, 7], noise[TRAINED, 1], noise[RANDOM, 7]
-    text = "in {:.0f} of 9,900 pairs of labels, those inside its clusters included (median; in the first encoder {:.0f}"
-    states("C2", text + ", with random weights {:,.0f})", *values)
+    text = "(the median node in {:.0f}; in the first encoder in {:.0f}, with random weights in {:,.0f})"
+    states("C2", text, noise[TRAINED, 7], noise[TRAINED, 1], noise[RANDOM, 7])
+    single, more = {}, {}
+    for network in (TRAINED, RANDOM):
+        found = [stages.matrices(run, seed, network).arrays("matrices")["7.block"] for seed in run.settings.seeds]
+        sizes = [[len(cluster) for node in nodes for cluster in snp.label_clusters(node)] for nodes in found]
+        single[network] = [np.mean(np.array(of_seed) == 1) for of_seed in sizes]
+        more[network] = np.mean([np.mean([size for size in of_seed if size > 1]) for of_seed in sizes])
+    assert all(0.46 < share < 0.52 for share in single[TRAINED])  # "half of them are single labels"
+    text = "the others have {:.1f} on average (with random weights {:.1f})"
+    states("C2", text, more[TRAINED], more[RANDOM])
     states("C2", "random network's have {:.1f} labels", curves["block", RANDOM].pooled_cluster_size.iloc[-1])
     shuffled = pd.concat([curve.snr for (_, network), curve in curves.items() if network == "shuffled"])
     states("C2", "is 1 within {:.0f} %", 100 * (shuffled - 1).abs().max())
@@ -131,6 +147,19 @@ def test_small_clusters(run, summary, curves):
     table = stages.penalties(run).query("epochs == 8 and tap == 'attn' and encoder == 1 and l2 == 'code'")
     snr = table.set_index("network").snr
     states("C2", "({:.2f} against {:.2f} after 8 epochs, first seed)", snr[TRAINED], snr[RANDOM])
+    taps = stages.snr(run)[0]
+    outside = taps[~taps.centred & taps.tap.isin(["attn", "block", "ff2"])]
+    outside = outside.pivot_table(
+        index=["threshold", "tap", "encoder", "seed"], columns="network", values="snr_external"
+    )
+    margin = outside[TRAINED] - outside[RANDOM]
+    first = outside.loc[0.3, "attn", 1]
+    values = (*first[TRAINED][1:], *first[RANDOM][1:], first[TRAINED][0], first[RANDOM][0])
+    states("C2", "({:.2f}, {:.2f} against {:.2f}, {:.2f}; {:.2f} against {:.2f} in the first)", *values)
+    assert (margin.loc[0.3, "attn", 1] > 0).tolist() == [True, False, False]  # "in two of three networks"
+    assert (margin.loc[[0.1, 0.2], "attn", 1] < 0).all()  # "and at thresholds of 0.1 and 0.2 in none"
+    assert (margin.loc[0.3].drop(("attn", 1)) > 0.1).all()  # "Everywhere else"
+    states("C2", "readouts of shuffled labels have {:.2f} there", first["shuffled"][0])
 
 
 def test_sharpening(run, curves):
@@ -156,6 +185,9 @@ def test_sharpening(run, curves):
     falls = sorted(-ff2.diff().iloc[-1])[:0:-1]
     states("C3", "and `ff2` falls in two, by {1:.2f} and {0:.2f}", *falls)
     assert (steps.iloc[-1] > 0).all() and falls[-1] > 0  # "`block` rises there in all three"
+    for _, part in taps[~taps.centred & (taps.tap == "block")].groupby("threshold"):  # the noise outside of clusters
+        outside = part.pivot_table(index="network", columns="encoder", values="snr_external")
+        assert verdicts.sharper(outside.loc[TRAINED].to_numpy(), outside.loc[RANDOM].to_numpy())
     at = verdicts.at_thresholds(taps).loc["ff2"]
     assert at.index[~at.sharpens.astype(bool)].tolist() == [0.6]
     states("C3", "(at 0.6 by {:.2f} and without a trend)", at["last - first"][0.6])
@@ -240,8 +272,8 @@ def test_pruned_networks(run):
     plain, kept, three = why.accuracy, why.kept_means_accuracy, "{:.0f}, {:.0f} and {:.0f}"
     text = f"ANDC leaves {three} % at dilutions of {{:.2f}}, {{:.2f}} and {{:.2f}} ({three} without)"
     states("C4", text, *kept.andc, *why.dilution.andc / 100, *plain.andc)
-    text = f"({three} %; {three} %; with them {three} %; {three} %; three seeds"
-    states("C4", text, *plain.random, *plain.permuted, *kept.random, *kept.permuted)
+    states("C4", f"masks leave {three} % without them and {three} % with them", *plain.random, *kept.random)
+    states("C4", f"permuted label sets {three} % and {three} % (three seeds", *plain.permuted, *kept.permuted)
     above, level = kept.andc - kept[["random", "permuted"]].unstack("method").max(axis=1), kept.andc - plain.permuted
     assert (above > 0).all() and level.abs().max() < 3  # "with means kept for all, ANDC is above both", "level with"
     text = "at a dilution of {:.2f} ANDC costs {:.1f} points straight away, random masks {:.1f} and permuted"
@@ -340,10 +372,19 @@ def test_experts(run, summary):
     states("C5", "Without a head its own labels lose {:.1f} points", 100 * along.own_drop.iloc[-1])
     states("C5", "and the others gain {:.1f}", -100 * along.other_drop.iloc[-1])
     above = encoders[encoders.network == TRAINED].eval("gap > gap_null_high").groupby(encoders.encoder).sum()
-    assert above.tolist() == [1, 1, 1, 3, 3, 3, 3]  # "in one network of three alone"
+    assert above.tolist() == [1, 1, 1, 3, 3, 3, 3]  # "in only one network of three, in each of these encoders"
     bounds = [100 * dealt_bound(labels[(labels.network == TRAINED) & (labels.encoder == at)]) for at in (1, 2, 3)]
     gaps = 100 * along.gap.iloc[:3]
     states("C5", "costs its own labels {:.1f} to {:.1f} points more than others", gaps.min(), gaps.max())
+    seed = encoders[(encoders.network == TRAINED) & (encoders.seed == 0)].set_index("encoder")
+    little = 100 * seed.first_mean_gap[1], 100 * seed.gap[1], 100 * seed.first_mean_gap.mean(), 100 * seed.gap.mean()
+    states("C5", "little is left of it ({:.1f} of {:.1f}), over all encoders {:.1f} of {:.1f}", *little)
+    owners = final[owner].pivot(index="label", columns="seed", values="head")
+    pairs = [(owners[a], owners[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    same = np.mean([(one == other).mean() for one, other in pairs])
+    shares = [[one.value_counts(normalize=True) for one in pair] for pair in pairs]
+    assert abs(same - np.mean([(one * other).sum() for one, other in shares])) < 0.005  # "as many as by chance"
+    states("C5", "same number in {:.0f} % of cases", 100 * same)
     states("C5", "({:.1f} to {:.1f} at most in 97.5 % of dealings)", min(bounds), max(bounds))
     assert (gaps > bounds).all()  # "on average over seeds more than dealt ones"
     first = last(encoders.query("network == 'trained' and seed == 0")).iloc[0]
@@ -376,9 +417,10 @@ def test_experts(run, summary):
     states("C5", "in {:.1f} % of cases, dealt nodes in {:.1f} % (at most {:.1f})", *choice)
     states("C5", "(all nodes together {:.1f} and {:.1f} %)", *(100 * all_nodes.choice[["head", "dealt"]]))
     states("C5", "(16 nodes: {:.1f} against {:.1f} %)", *(100 * few.choice[["head", "dealt"]]))
-    assert (means.own <= means.singles + 1e-6).all()  # "More than the sum of single nodes no set of them gets"
+    assert (means.own <= means.singles + 1e-6).all()  # "Less than their single nodes, added up, every set answers"
     sums = [100 * few[name][nodes] for nodes in ("head", "dealt") for name in ("own", "singles")]
-    states("C5", "16 nodes of a head answer {:.0f} %, added up {:.0f} %; dealt, {:.0f} and {:.0f} %", *sums)
+    states("C5", "16 nodes of a head {:.0f} % instead of {:.0f} %; dealt, {:.0f} instead of {:.0f} %", *sums)
+    states("C5", "(that of a whole head is {:.0f} %)", 100 * whole.singles["head"])
 
 
 def test_accuracy_from_nodes(run, summary):
@@ -387,11 +429,19 @@ def test_accuracy_from_nodes(run, summary):
     states("C6", "{:.2f} for single nodes, {:.2f} to {:.2f} for more", ranks[1], *sorted(ranks[1:])[:: len(ranks) - 2])
     whole = sizes.iloc[-1]
     missed = sizes.error_predicted[64], whole.error_predicted, whole.error_only_size
-    text = (
-        "64 nodes are missed by {:.1f} points on average, whole encoders by {:.1f}, more than by the baseline ({:.1f})"
+    table = stages.macroscopic_accuracies(run)
+    table = table[table.encoder > 1].assign(
+        missed=(table.predicted - table.measured).abs(), baseline=(table.only_size - table.measured).abs()
     )
-    states("C6", text, *(100 * error for error in missed))
-    table = last(stages.macroscopic_accuracies(run))
+    by_encoder = 100 * table[table["size"] == 64].groupby("encoder").missed.mean()
+    assert by_encoder.idxmin() == 5 and by_encoder.idxmax() == 7
+    text = "64 nodes are missed by {:.1f} points on average ({:.1f} in the fifth encoder, {:.1f} in the last)"
+    states("C6", text, 100 * missed[0], by_encoder[5], by_encoder[7])
+    states("C6", "whole encoders by {:.1f}, more than by the baseline ({:.1f})", *(100 * error for error in missed[1:]))
+    states("C6", "of {:,} only {} are whole encoders", len(table), (table["size"] == table["size"].max()).sum())
+    alike = table.groupby("size")[["missed", "baseline"]].mean().mean()
+    states("C6", "more than the baseline ({:.3f} against {:.3f})", *alike)
+    table = last(table)
     whole = table[table["size"] == table["size"].max()]
     states("C6", "All {} nodes of the last encoder are predicted", whole["size"].iloc[0])
     states("C6", "({:.0f} %) and answer {:.0f} %", 100 * whole.predicted.mean(), 100 * whole.measured.mean())
@@ -455,6 +505,23 @@ def test_flowers():
          snr["norm", TRAINED][0], snr["weighed", TRAINED][0])  # fmt: skip
     says("hardly here (120 epochs; {:.2f} to {:.2f})", *block[-2:])
     says("in both (3.62 and {:.2f})", snr["weighed", TRAINED][0])
+    here = pd.read_csv(runs.root() / "figures" / "cifar100-cpu" / "snr_per_encoder.csv").query("seed == 0")
+    read = [table.query("network == 'trained' and encoder == 7 and threshold == 0.3") for table in (here, taps)]
+    offset = [100 * table[~table.centred].set_index("tap").offset_share for table in read]
+    shares = (*(share.weighed for share in offset), *(share.block for share in offset))
+    says("less offset ({:.0f} and {:.0f} % of the squared fields, `block` {:.0f} and {:.0f})", *shares)
+    without = [table[table.centred].set_index("tap").snr for table in read]
+    values = (*(centred.weighed for centred in without), *(centred.block for centred in without))
+    says("SNR is lower ({:.2f} and {:.2f}, `block` {:.2f} and {:.2f})", *values)
+    outside = taps[~taps.centred & (taps.tap == "block")].pivot(
+        index=["threshold", "network"], columns="encoder", values="snr_external"
+    )
+    rising = outside.loc[0.3, TRAINED]
+    assert rising.is_monotonic_increasing
+    for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        assert verdicts.sharper(*(outside.loc[threshold, network].to_numpy() for network in (TRAINED, RANDOM)))
+    both = *ends(rising), *ends(outside.loc[0.3, RANDOM])
+    says("at every step ({:.2f} to {:.2f}; random weights {:.2f} to {:.2f})", *both)
     says("sum has {:.2f} (the plain mean {:.2f})", snr["seqpool", TRAINED][0], snr["pooled", TRAINED][-1])
     assert ff2[1:] == sorted(ff2[1:], reverse=True)  # "from the second encoder on"
     says("answer better ({:.0f} to {:.0f} %)", *percent(accuracy["ff2", TRAINED][1:]))
@@ -482,7 +549,7 @@ def test_flowers():
     trends = [float(verdicts.rank_trend(np.array(snr["block", network]))) for network in (TRAINED, RANDOM)]
     says("(rank trend {:.2f}; the random network's small rise has {:.2f})", *trends)
     order, error = (row for row in rows if row["claim"] == "C6")
-    says("on average over all sizes ({1} against {0})", *error["numbers"].split(" - "))
+    says("on average over all sets ({1} against {0})", *error["numbers"].split(" - "))
     predictions = runs.read_json(folder / "summary.json")["results"]["02_snr_per_encoder"]["predictions"][-1]
     says("whole encoders ({error_predicted:.3f} against {error_only_size:.3f})".format(**predictions))
     says("as on CIFAR-100 ({})", order["numbers"])
