@@ -108,9 +108,12 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
         ) from None
     if not {"attn", "block"} <= set(settings.taps):
         raise ValueError("parameter 'taps': attn (for the heads) and block must be among them")
+    if "block" not in settings.penalty_taps:
+        raise ValueError("parameter 'penalty_taps': block must be among them, C1 and C3 ask for every penalty of it")
     data.check_name(_located(settings.data))
-    if len(set(settings.seeds)) < len(settings.seeds):
-        raise ValueError(f"parameter 'seeds': {settings.seeds} names a seed twice")
+    for name, one in (("seeds", "seed"), ("taps", "tap"), ("taps_once", "tap"), ("penalty_taps", "tap")):
+        if len(set(values := getattr(settings, name))) < len(values):
+            raise ValueError(f"parameter {name!r}: {values} names a {one} twice")
     kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
     with training.seeded(0):  # finds a wrong model, number of heads or tap
         for heads in (settings.heads or None, *settings.many_heads):

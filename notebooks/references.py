@@ -88,15 +88,15 @@ def make(profile: str, seed: int, cnn: bool, changes: dict, replace: bool = Fals
     network = stages.build_network(run, seed, weights).float()
     accuracy, by_label = scores(network, images)
     seconds = json.loads((trained.folder / "seconds.json").read_text(encoding="utf-8"))
-    environment = runs.environment()
+    stage = json.loads((trained.folder / "stage.json").read_text(encoding="utf-8"))  # of the machine that trained
     facts = {
         "model": s.model, "num_classes": len(images.classes), "image_size": s.image_size,
-        "cct_options": {} if cnn else {"heads": s.heads or None, "positional_embedding": s.positional_embedding},
+        "cct_options": {} if cnn else {"heads": s.heads or None, "positional_embedding": s.positional_embedding,
+                                       "attention_dropout": s.attention_dropout, "stochastic_depth": s.stochastic_depth},
         "data": s.data, "data_sha256": run.data_sha256, "n_train": len(images.x_train), "n_test": len(images.x_test),
         "mean": images.statistics[0].flatten().tolist(), "std": images.statistics[1].flatten().tolist(),
         "seed": seed, "recipe": asdict(stages.recipe(run)), "hours": round(sum(seconds) / 3600, 3),
-        "revision": json.loads((trained.folder / "stage.json").read_text(encoding="utf-8"))["revision"],
-        "environment": environment, "curve": runs.json_rows(trained.table("curve")),
+        "revision": stage["revision"], "environment": stage["environment"], "curve": runs.json_rows(trained.table("curve")),
         "test_accuracy": accuracy, "mean_class_accuracy": by_label,
     }  # fmt: skip
     reference.FOLDER.mkdir(exist_ok=True)

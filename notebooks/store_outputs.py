@@ -169,7 +169,7 @@ def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
             large = [path.name for path in made.iterdir() if runs.is_large(path.name)]
             partial = target.with_name(f".{target.name}.part")  # a torn copy would be taken for the stage
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(made, partial, ignore=shutil.ignore_patterns(*large))
+            shutil.copytree(made, partial, ignore=shutil.ignore_patterns(*large, ".*.part"))
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(copy)
 

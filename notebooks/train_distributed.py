@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     try:
         rank, _ = rank_and_ranks()
-        # Rank 0 first, so that what has to be downloaded is downloaded once.
-        run = parameters.open_run(options.profile, changes) if rank == 0 else None
-        broadcast(None)
+        # The first rank of each machine before the others, so that what has to be downloaded is downloaded once.
+        run = parameters.open_run(options.profile, changes) if os.environ["LOCAL_RANK"] == "0" else None
+        dist.barrier()
         run = run or parameters.open_run(options.profile, changes)
         for seed in run.settings.seeds:
             if rank == 0:

@@ -328,7 +328,7 @@ def largest_dilutions(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _error_of_mean(errors: pd.Series) -> float:
-    return float(np.sqrt((errors**2).sum()) / len(errors))
+    return float(np.sqrt((errors**2).sum(skipna=False)) / len(errors))  # one that is not known makes it unknown
 
 
 def macroscopic(table: pd.DataFrame, data: str) -> list[dict]:

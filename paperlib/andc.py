@@ -101,8 +101,7 @@ def _top(score: Tensor, mask: Tensor) -> Tensor:
 
 def dilution(masks: dict[str, Tensor]) -> float:
     """Share of the masked layers' connections that are removed, 0..1."""
-    total = sum(mask.numel() for mask in masks.values())
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / total
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from paperlib.data import EMBEDDED, Images
 # Okabe-Ito colours, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
+TAP_COLOURS |= {"pooled": "#F0E442", "norm": "#882255", "weighed": "#44AA99", "seqpool": "#332288"}
 METHODS = ("andc", "magnitude", "activation", "permuted", "random")
 METHOD_STYLES = dict(zip(METHODS, zip((COLOURS[i] for i in (0, 2, 3, 5, 7)), "o^vsD", strict=True), strict=True))
 STYLE = {

@@ -53,10 +53,9 @@ def train_readouts(
     A readout is linear, without bias, from all T*D activations to the L labels (family). It aims at the minimum of mean
     cross-entropy + l2/2 |W|^2 on activations divided by their RMS over training images (choice); the RMS is absorbed
     into the weights returned. Adam with coupled L2 and a learning rate that falls to 0 gets there (choice). `penalty`
-    gives a tap's l2 from its name and RMS, where one penalty for all is not meant. `lengths`, several numbers of epochs
-    in place of the recipe's, give one readout each, from the same start: `tap@length`. With `checkpoint`, what was
-    stopped goes on from the state last saved (after an epoch, every `SAVE_SECONDS`), to the same end; ValueError for
-    another's.
+    gives a tap's l2 from its name and RMS. `lengths`, several numbers of epochs in place of the recipe's, give one
+    readout each from one start, `tap@length`. With `checkpoint`, what was stopped goes on from the last state saved
+    (after an epoch, every `SAVE_SECONDS`), to the same end; ValueError for another's.
     """
     epochs = max(lengths, default=recipe.epochs)
     ends = [(tap.name, tap.name + f"@{end}" * bool(lengths), end) for tap in taps for end in lengths or [epochs]]

@@ -40,8 +40,7 @@ ANEW = "restore it, or remove it, and it is made anew"
 def root() -> Path:
     """The project: the folder with pyproject.toml and notebooks/ at or above the working directory, else around the
     package."""
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
         if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
             return folder
     raise FileNotFoundError("no project folder (with pyproject.toml and notebooks/) at or above the working directory")
@@ -188,8 +187,8 @@ class Run:
         record |= {"revision": revision(), "environment": environment(self.settings.precision)}
         record |= {"remade": self.remade} if self.remade else {}
         write_text(folder / "stage.json", json.dumps(record, indent=1))
-        for checkpoint in folder.glob("*.pt"):  # only now is nothing lost without them
-            checkpoint.unlink()
+        for leftover in (*folder.glob("*.pt"), *folder.glob(".*.part")):  # only now is nothing lost without them
+            leftover.unlink()
         return Artefact(folder, sha256, seconds, record["peak_gb"], fresh=True)
 
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
@@ -240,9 +239,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as safetensors."""
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with files.whole(path) as file:
-        file.write(content)
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def is_large(file: str) -> bool:

@@ -5,7 +5,7 @@ import stages
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from paperlib import andc, readouts, snp
+from paperlib import andc, heads, macroscopic, readouts, snp
 from paperlib.data import Images, augmented_batches, normalise
 from paperlib.models import cct
 from paperlib.taps import cct_taps, recording
@@ -95,8 +95,36 @@ def test_measuring(cuda):
         network(images.float())
     weights = {name: recorded[name].new_empty(10, *recorded[name].shape[1:]) for name in recorded}
     mean = std = torch.empty(3, 1, 1, device=cuda)
-    with pytest.raises(DataDependentOutputException):  # whether each label has an image: the last thing it does
+    with pytest.raises(DataDependentOutputException):  # whether each label has an image: after the whole pass
         readouts.measure(network, places, weights, images, torch.empty(8, dtype=torch.long, device=cuda), mean, std)
+
+
+def test_readouts_train(cuda, monkeypatch):
+    monkeypatch.setattr(
+        readouts, "_rms", lambda network, taps, *images: {tap.name: 1.0 for tap in taps}
+    )  # needs values
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
+    mean = std = torch.empty(3, 1, 1, device=cuda)
+    network, labels = fake_network(cuda), torch.empty(8, dtype=torch.long, device=cuda)
+    recipe, said = readouts.ReadoutRecipe(2, 4, 0.1, 1e-3, 2, True), []
+    places = cct_taps(network, ["attn", "block"])
+    monkeypatch.setattr(torch.Tensor, "__format__", lambda loss, how: str(loss.device), raising=False)  # of the log
+    found = readouts.train_readouts(network, places, images, labels, 10, mean, std, recipe, 0, said.append)
+    assert len(said) == 2 and all("cuda:0" in line for line in said)
+    assert {weight.device for weight in found.values()} == {cuda}
+
+
+def test_heads_and_sets_of_nodes(cuda):
+    network, images = fake_network(cuda), torch.empty(4, 3, 32, 32, device=cuda)
+    means = [torch.empty(64, 128, device=cuda) for _ in range(2)]
+    for given in (None, means):
+        assert heads.ablation_logits(network, images, given).device == cuda
+    assert heads.attention_received(network, images, 1).device == cuda
+    activations, weight = torch.empty(4, 64, 128, device=cuda), torch.empty(10, 64, 128, device=cuda)
+    labels, subsets = torch.empty(4, dtype=torch.long, device=cuda), torch.empty(3, 128, dtype=torch.bool, device=cuda)
+    assert macroscopic.subset_answers(activations, weight, labels, subsets).device == cuda
+    summed = torch.empty(2, 10, 10, device=cuda)
+    assert macroscopic.predicted_accuracy(summed, summed, torch.empty(10, device=cuda)).device == cuda
 
 
 def test_masks_and_owners_may_come_from_the_cpu(cuda):

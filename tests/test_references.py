@@ -46,6 +46,24 @@ def test_loading_leaves_random_numbers_alone(made):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_card_without_dropout_is_of_a_network_without(made):
+    edited_card(made, cct_options={"heads": None, "positional_embedding": "learnable"})
+    block = models.load_reference(made).classifier.blocks[-1]
+    assert block.self_attn.attention_dropout == 0
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.0, not 0\.2"):
+        parameters.load_settings("quick", CUT | {"weights": "reference", "attention_dropout": 0.2})
+
+
+def test_a_card_tells_of_the_machine_that_trained(folders, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", folders / "references")
+    folder = stages.train(parameters.open_run("quick", CUT), 0).folder
+    told = json.loads((folder / "stage.json").read_text())
+    told["environment"] |= {"gpu": "a card far away"}
+    (folder / "stage.json").write_text(json.dumps(told))
+    references.make("quick", 0, False, CUT)
+    assert reference.card("glyphs100-24-cct_4_7x1-seed0")["environment"]["gpu"] == "a card far away"
+
+
 def test_check_compares_accuracies_with_cards(made, capsys):
     assert references.main(["check"]) == 0
     assert made in capsys.readouterr().out
@@ -73,7 +91,12 @@ def test_a_walk_starts_from_a_reference(made):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"), [({"epochs": 2}, "epochs=1, not 2"), ({"seeds": [0, 1]}, "no reference network .*seed1")]
+    ("changes", "sentence"),
+    [
+        ({"epochs": 2}, "epochs=1, not 2"),
+        ({"seeds": [0, 1]}, "no reference network .*seed1"),
+        ({"stochastic_depth": 0.1}, "stochastic_depth=0.0, not 0.1"),
+    ],
 )
 def test_other_settings_than_the_references_are_refused(made, changes, sentence, refuses):
     with refuses(sentence):

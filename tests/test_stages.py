@@ -11,7 +11,7 @@ import stages
 import torch
 
 from paperlib import andc, data, figures, readouts, snp
-from paperlib.taps import Tap, activations, cct_taps
+from paperlib.taps import AFTER_CCT, CCT_TAPS, Tap, activations, cct_taps
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "prune_draws": 1, "precision": "fp32"}
 
@@ -146,6 +146,18 @@ def test_controls_of_filters(run):
     first = network.features[0](data.normalise(run.images.x_train[:500], *run.images.statistics))
     torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert not network.training
+
+
+def test_statistics_of_batch_norm_take_images_alike_and_in_random_order(run):
+    half = stages.cnn_half(run)
+    chosen = stages.networks.calibration_images(half, 0, run.images)
+    kept, _ = data.held_out(run.images.y_train, run.settings.held_out)
+    pixels = [sorted(image.flatten().tolist() for image in images) for images in (chosen, run.images.x_train[kept])]
+    assert pixels[0] == pixels[1] and not torch.equal(chosen, run.images.x_train[kept])  # fewer than 5,000: all, mixed
+    network, _ = stages.load_network(half, 0, "trained")
+    stages.networks.refresh_statistics(network, chosen[:251], run.images)  # the last one is not a batch of its own
+    first = network.features[0](data.normalise(chosen[:251], *run.images.statistics))
+    torch.testing.assert_close(network.features[1].running_mean, first.mean(dim=(0, 2, 3)), rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -421,6 +433,16 @@ def test_superclasses_are_twenty_of_five():
     assert len({int(found[names.index(name)]) for name in ("maple_tree", "oak_tree", "willow_tree")}) == 1
     assert found[names.index("whale")] != found[names.index("shark")]
     assert stages.superclasses(("a", "b")) is None
+
+
+def test_every_tap_has_a_colour(run):
+    network = stages.build_network(run, 0)
+    kinds = ("stem", *CCT_TAPS, "pooled", *AFTER_CCT)
+    rows = [{"tap": tap.kind, "encoder": tap.encoder} for tap in cct_taps(network, kinds)]
+    table = pd.DataFrame(rows).assign(network="trained", seed=0, threshold=0.3, centred=False, accuracy=0.5, snr=2.0)
+    figure = figures.snr_per_encoder(table, "toy", 0.3, list(kinds))
+    colours = [line.get_color() for line in figure.axes[0].lines][-len(kinds) - 2 : -2]  # of the legend
+    assert len(set(colours)) == len(kinds)
 
 
 def test_every_panel_of_the_distributions_shows_its_nodes():

@@ -49,7 +49,7 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
 def test_a_copy_that_was_interrupted_is_not_taken_for_a_stage(folders, monkeypatch):
     made, kept = folders / "made", folders / "kept"
     (made / "s" / "key").mkdir(parents=True)
-    for name in ("a.csv", "b.csv", "stage.json"):
+    for name in ("a.csv", "b.csv", ".b.csv.0123.part", "stage.json"):
         (made / "s" / "key" / name).write_text(name)
 
     def stops(source, target):

@@ -401,6 +401,12 @@ def test_seeds_without_every_control_do_not_count(seeds, n, word):
     assert straight["n"] == 3
 
 
+def test_an_error_that_is_not_known_is_no_certainty():
+    table = pruning_table(3, 0.0, 0.05)
+    table.loc[(table.method == "random") & (table.draw == 1), "loss_se"] = np.nan
+    assert verdicts.pruning(table, "cifar100")[0]["verdict"].startswith("not tested")
+
+
 def test_draws_that_share_the_images_are_as_certain_as_one_that_has_them_all():
     """Five draws of a fifth of the images each have errors that are sqrt(5) larger; their mean has not."""
     one = pruning_table(3, 0.003, 0.003, error=0.003)

@@ -404,11 +404,11 @@ def _difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
 def more_heads(run: Run) -> pd.DataFrame:
     """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
     gap, test_accuracy."""
-    rows = []
+    rows, few = [], {"taps": ["attn", "block"], "taps_once": [], "prune_attention": False}
     for count in run.settings.many_heads:
         other = replace(
             run,
-            settings=run.settings.model_copy(update={"heads": count, "taps_once": [], "weights": "trained"}),
+            settings=run.settings.model_copy(update={"heads": count, "weights": "trained"} | few),
             prefix=f"{count}-heads-",
         )
         _, _, overall = head_division(other)

@@ -10,7 +10,7 @@ from parameters import check_data, check_references, reference_name
 from torch import Tensor, nn
 
 from paperlib import distributed, models, training
-from paperlib.data import Images, normalise
+from paperlib.data import Images, held_out, normalise
 from paperlib.models import reference
 from paperlib.runs import Artefact, Run, save_table, save_tensors, write_text
 
@@ -95,15 +95,21 @@ def kinds(run: Run) -> tuple[str, ...]:
     return (*NETWORKS, CALIBRATED) if run.settings.model.startswith("vgg") else NETWORKS
 
 
+def calibration_images(run: Run, seed: int, images: Images) -> Tensor:
+    """Up to 5,000 of the kept training images, in random order: data sets may be sorted by label."""
+    kept, _ = held_out(run.images.y_train, run.settings.held_out)
+    return images.x_train[kept[torch.randperm(len(kept), generator=training.generator(seed, "calibration"))[:5000]]]
+
+
 @torch.no_grad()
 def refresh_statistics(network: nn.Module, x: Tensor, images: Images) -> None:
-    """Take the statistics of batch norm anew, as means over batches of these images."""
+    """Take the statistics of batch norm anew, as means over batches of at most 250 of these images, of equal size."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # the mean over all batches
     network.train()
-    for batch in x.split(250):
+    for batch in x.tensor_split(-(-len(x) // 250)):
         network(normalise(batch, *images.statistics))
     network.eval()
 

@@ -13,7 +13,16 @@ from verdicts import interval
 from paperlib import andc, figures, macroscopic, readouts, snp, taps, training
 from paperlib.data import BATCH, Images, held_out
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
-from stages.networks import ARCHITECTURE, CALIBRATED, NETWORKS, cnn_half, kinds, load_network, refresh_statistics
+from stages.networks import (
+    ARCHITECTURE,
+    CALIBRATED,
+    NETWORKS,
+    calibration_images,
+    cnn_half,
+    kinds,
+    load_network,
+    refresh_statistics,
+)  # fmt: skip
 
 # CIFAR-100's own superclasses, five labels each
 SUPERCLASSES = """
@@ -55,9 +64,7 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         images = run.images.to(training.best_device())
         places = taps.places(network, all_taps)
         if kind == CALIBRATED:
-            kept, _ = held_out(run.images.y_train, s.held_out)
-            some = torch.randperm(len(kept), generator=training.generator(seed, "calibration"))[:5000]
-            refresh_statistics(network, images.x_train[kept[some]], images)
+            refresh_statistics(network, calibration_images(run, seed, images), images)
         weights = trained_readouts(run, network, places, images, seed, folder, kind == "shuffled")
         test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
         correct = test.correct | {f"heads/{name}": value for name, value in test.head_correct.items()}
@@ -96,8 +103,8 @@ def matrices(run: Run, seed: int, kind: str) -> Artefact:
 
 
 def trained_readouts(
-    run: Run, network, places, images: Images, seed: int, folder: Path | None = None, shuffled=False, epochs=None,
-    penalty=None, lengths=(),
+    run: Run, network, places, images: Images, seed: int, folder: Path | None = None, shuffled=False, penalty=None,
+    lengths=(),
 ):  # fmt: skip
     """Readouts of some taps, trained on the kept training images as the settings say; checkpoints go to the folder."""
     s = run.settings
@@ -106,10 +113,10 @@ def trained_readouts(
     if shuffled:
         y = y[torch.randperm(len(y), generator=training.generator(seed, "shuffled labels")).to(y.device)]
     own = {name: getattr(s, f"readout_{name}") for name in ("batch_size", "lr", "l2")}
-    how = {"epochs": epochs or s.readout_epochs, **own, **run.config("shift", "flip", "precision", "max_steps")}
+    how = {"epochs": s.readout_epochs, **own, **run.config("shift", "flip", "precision", "max_steps")}
     how = readouts.ReadoutRecipe(**how)
     labels = len(images.classes)
-    checkpoint = folder / f"readouts-{how.epochs}.pt" if folder else None
+    checkpoint = folder / "readouts.pt" if folder else None
     return readouts.train_readouts(
         network, places, x, y, labels, *images.statistics, how, seed, run.log, penalty, checkpoint, lengths
     )
@@ -154,21 +161,22 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
             value = name.partition("@")[2]
             return GROUP_L2 / scale**2 if value == "code" else float(value)
 
+        lengths = (s.penalty_epochs // 2, s.penalty_epochs)
+        weights = trained_readouts(run, network, places, images, seed, folder, penalty=penalty, lengths=lengths)
         rows = []
-        for epochs in (s.penalty_epochs // 2, s.penalty_epochs):
-            weights = trained_readouts(run, network, places, images, seed, folder, epochs=epochs, penalty=penalty)
-            test = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
-            for place in places:
-                tap, _, value = place.kind.partition("@")
-                fields = snp.field_matrices(weights[place.name], test.class_means[place.name])
+        for epochs in lengths:  # one after the other: class means take as much memory as weights
+            measured = [replace(place, kind=f"{place.kind}@{epochs}") for place in places]
+            part = {place.name: weights.pop(place.name) for place in measured}
+            found = readouts.measure(network, measured, part, images.x_test, images.y_test, *images.statistics)
+            for place in measured:
+                tap, value, _ = place.kind.split("@")
+                fields = snp.field_matrices(part[place.name], found.class_means[place.name])
                 centred, share = snp.split_offset(fields)
-                raw, without = (
-                    snp.tap_statistics(snp.boolean_matrices(part, s.threshold)) for part in (fields, centred)
-                )
+                raw, without = (snp.tap_statistics(snp.boolean_matrices(of, s.threshold)) for of in (fields, centred))
                 row = {"network": kind, "encoder": place.encoder, "tap": tap, "l2": value, "epochs": epochs}
-                row |= {"accuracy": test.correct[place.name].float().mean().item(), "snr": raw.snr}
+                row |= {"accuracy": found.correct[place.name].float().mean().item(), "snr": raw.snr}
                 rows.append(row | {"snr_centred": without.snr, "offset_share": share.mean().item()})
-            del weights, test  # gigabytes, while the next are trained
+            del part, found
         save_table(folder / "penalties.csv", rows)
 
     config = run.config(*ARCHITECTURE, *READOUT, "penalty_taps", "penalty_epochs", "threshold")
@@ -392,7 +400,8 @@ def macroscopic_accuracies(run: Run) -> pd.DataFrame:
     """Stage for every seed: accuracy of random subsets of an encoder's `block` nodes, predicted and measured.
 
     seed, encoder, size (nodes), draw, predicted, measured (on the test images), only_size (mean measured accuracy of
-    as many nodes of encoder 1), all in 0..1. The prediction sees held-out training images, and test images nowhere.
+    as many nodes of encoder 1), all in 0..1. The prediction sees held-out training images, and of the test images how
+    many each label has.
     """
     return pd.concat([_macroscopic(run, seed).table("macroscopic") for seed in run.settings.seeds], ignore_index=True)
 
@@ -457,7 +466,7 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
 
 def labelled_batches(network: nn.Module, places: list[taps.Tap], x: Tensor, y: Tensor, images: Images):
     """Activations of some taps and labels, batch by batch."""
-    return zip(taps.activations(network, places, x, *images.statistics, BATCH), y.split(BATCH), strict=True)
+    return zip(taps.activations(network, places, x, *images.statistics), y.split(BATCH), strict=True)
 
 
 def subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:

@@ -17,7 +17,15 @@ from verdicts import MASKS
 from paperlib import andc, macroscopic, readouts, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
-from stages.networks import ARCHITECTURE, TRAINING, load_network, recipe, refresh_statistics, right_answers
+from stages.networks import (
+    ARCHITECTURE,
+    TRAINING,
+    calibration_images,
+    load_network,
+    recipe,
+    refresh_statistics,
+    right_answers,
+)  # fmt: skip
 from stages.nodes import READOUT, encoder_of, fields_of, labelled_batches, pruned_layers, readout, trained_readouts
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
@@ -235,7 +243,6 @@ def _why_filters(half: Run, seed: int) -> Artefact:
 
     def make(folder: Path) -> None:
         images, found = half.images.to(training.best_device()), source.arrays("sets")
-        kept, _ = held_out(half.images.y_train, half.settings.held_out)
         pairs, rows = andc.connections(network, "filters"), []
         for at in thresholds:
             generator = training.generator(seed, "filters", at)
@@ -244,12 +251,12 @@ def _why_filters(half: Run, seed: int) -> Artefact:
             methods["same signs"] = _same_signs(masks, network, generator)
             for method, drawn in methods.items():
                 row = {"seed": seed, "threshold": at, "method": method}
-                refresh = partial(refresh_statistics, x=images.x_train[kept[:5000]], images=images)
+                refresh = partial(refresh_statistics, x=calibration_images(half, seed, images), images=images)
                 rows.append(row | _before_and_after(network, drawn, images, "refreshed", refresh))
         save_table(folder / "filters.csv", rows)
 
     config = half.config(*ARCHITECTURE, "held_out") | {"seed": seed, "thresholds": thresholds}
-    return half.stage(f"why-filters-seed{seed}", 1, config, inputs | {"label sets": source.sha256}, make)
+    return half.stage(f"why-filters-seed{seed}", 2, config, inputs | {"label sets": source.sha256}, make)
 
 
 def _before_and_after(

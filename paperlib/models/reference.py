@@ -39,6 +39,8 @@ def card(name: str) -> dict[str, Any]:
         facts = json.loads(file.metadata()["card"])
         if missing := {"model", "num_classes", "image_size", "cct_options", "recipe", "data_sha256"} - facts.keys():
             raise ValueError(f"its card does not tell {', '.join(sorted(missing))}")
+        if facts["cct_options"]:  # of a CCT; cards that do not tell are of networks trained without
+            facts["cct_options"] = {"attention_dropout": 0.0, "stochastic_depth": 0.0} | facts["cct_options"]
         return facts
 
 
