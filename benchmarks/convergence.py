@@ -5,7 +5,7 @@ PAPERLIB_DATA=... python benchmarks/convergence.py [--profile cifar100-cpu] [--e
 The readouts of every length, each with its own decay of the learning rate, train in the same passes over the frozen
 network of the first seed, trained and with random weights. Accuracy and SNR are those of the test images; no setting
 is chosen by them. Beside them: what they moved by since the length before, and `spread`, the largest less the smallest
-of the committed seeds. Stopped and started again, it goes on.
+of the committed seeds. Stopped and started again, it goes on. The table goes to figures/<profile>/convergence.csv.
 """
 
 import argparse
@@ -62,8 +62,10 @@ def main() -> None:
     options = parser.parse_args()
     run = parameters.open_run(options.profile, {"limit": options.limit} if options.limit else {})
     spread = spread_of_seeds(options.profile).add_prefix("spread of ")
-    for kind in stages.NETWORKS:
-        table = convergence(run, kind, sorted(options.epochs))
+    found = {kind: convergence(run, kind, sorted(options.epochs)) for kind in stages.NETWORKS}
+    table = pd.concat(found, names=["network"])
+    runs.save_table(run.figures / "convergence.csv", table.reset_index())
+    for kind, table in found.items():
         table = table.join(table.groupby("encoder").diff().add_suffix(" moved")).join(spread.loc[kind])
         print(f"\n{kind} network\n{table.round(4).to_string()}\n", flush=True)
 
