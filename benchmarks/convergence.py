@@ -1,11 +1,12 @@
 """How far readouts still move when they train twice as long: `block` of the first, middle and last encoder.
 
-PAPERLIB_DATA=... python benchmarks/convergence.py [--profile cifar100-cpu] [--epochs 4 8 16 32] [--limit N]
+PAPERLIB_DATA=... python benchmarks/convergence.py [--profile cifar100-cpu] [--epochs 4 8 16 32] [--l2 X] [--limit N]
 
 The readouts of every length, each with its own decay of the learning rate, train in the same passes over the frozen
 network of the first seed, trained and with random weights. Accuracy and SNR are those of the test images; no setting
 is chosen by them. Beside them: what they moved by since the length before, and `spread`, the largest less the smallest
-of the committed seeds. Stopped and started again, it goes on. The table goes to figures/<profile>/convergence.csv.
+of the committed seeds. Stopped and started again, it goes on. The table goes to
+figures/<profile>/benchmarks/convergence-<l2>.csv.
 """
 
 import argparse
@@ -58,13 +59,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cifar100-cpu", choices=parameters.profiles())
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--l2", type=float, help="penalty of the readouts (default: the profile's)")
     parser.add_argument("--limit", type=int, default=0, help="images, for a trial; 0: all")
     options = parser.parse_args()
-    run = parameters.open_run(options.profile, {"limit": options.limit} if options.limit else {})
+    changes = {"limit": options.limit, "readout_l2": options.l2}
+    run = parameters.open_run(options.profile, {name: value for name, value in changes.items() if value})
     spread = spread_of_seeds(options.profile).add_prefix("spread of ")
     found = {kind: convergence(run, kind, sorted(options.epochs)) for kind in stages.NETWORKS}
-    table = pd.concat(found, names=["network"])
-    runs.save_table(run.figures / "convergence.csv", table.reset_index())
+    path = run.figures / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.save_table(path, pd.concat(found, names=["network"]).reset_index())
     for kind, table in found.items():
         table = table.join(table.groupby("encoder").diff().add_suffix(" moved")).join(spread.loc[kind])
         print(f"\n{kind} network\n{table.round(4).to_string()}\n", flush=True)

@@ -192,14 +192,39 @@ def test_sharpening(run, curves):
     assert at.index[~at.sharpens.astype(bool)].tolist() == [0.6]
     states("C3", "(at 0.6 by {:.2f} and without a trend)", at["last - first"][0.6])
     table = stages.penalties(run).query("tap == 'block' and l2 == '0.001'")
-    grown = table.pivot_table(index=["network", "encoder"], columns="epochs", values=["snr", "accuracy"]).loc[TRAINED]
-    grown = (grown.iloc[-1] - grown.iloc[0]).unstack()
-    states("C3", "larger ({:.2f} to {:.2f}, first seed)", *grown.loc["snr"])
+    grown = table[table.network == TRAINED].pivot(index="encoder", columns="epochs", values="snr")
+    grown = grown.iloc[-1] - grown.iloc[0]
     main = steps[0].sum()  # of the first seed: last - first
-    states("C3", "give a growth of {:.2f} instead of {:.2f} (first seed)", grown.loc["snr"].iloc[0], main)
-    states("C3", "smaller ({:.1f} to {:.1f} points)", *(100 * grown.loc["accuracy"]))
-    gain = table.query("network == 'random' and encoder == 1").set_index("epochs").accuracy
-    states("C3", "readouts gain most ({:.0f} to {:.0f} %)", 100 * gain[4], 100 * gain[8])
+    states("C3", "give a growth of {:.2f} instead of {:.2f} (first seed)", grown[4], main)
+
+
+def test_convergence_of_readouts(run):
+    """What `benchmarks/convergence.py` left."""
+    found = pd.read_csv(run.figures / "benchmarks" / "convergence-0.001.csv").set_index(
+        ["network", "encoder", "epochs"]
+    )
+    for epochs in (4, 8, 16, 32):
+        cells = []
+        for network in (TRAINED, RANDOM):
+            part = found.loc[network].xs(epochs, level="epochs")
+            cells += [", ".join(f"{100 * value:.1f}" for value in part.accuracy)]
+            cells += [", ".join(f"{value:.2f}" for value in part.snr)]
+        states("C3", f"| {epochs} | " + " | ".join(cells) + " |")
+    moved = found.groupby(["network", "encoder"]).diff().query("epochs > 8").abs().groupby("network").max()
+    text = "by {:.1f} points at most with every doubling, those of the random network by {:.1f}"
+    states("C3", text, *(100 * moved.accuracy[network] for network in (TRAINED, RANDOM)))
+    seeds = stages.snr(run)[0].query("network == 'trained' and tap == 'block' and not centred")
+    seeds = seeds[seeds.threshold == run.settings.threshold].groupby("encoder").snr.agg(["min", "max"])
+    states(
+        "C3",
+        "SNR by up to {:.2f}, more than seeds differ ({:.2f})",
+        moved.snr[TRAINED],
+        (seeds["max"] - seeds["min"])[7],
+    )
+    snr = found.snr.unstack("encoder")
+    grown = (snr[7] - snr[1]).loc[TRAINED]
+    states("C3", "the growth is {:.2f}, {:.2f}, {:.2f} and {:.2f}", *grown)
+    assert (snr[7] - snr[1]).loc[RANDOM].max() < 0.05  # "flat"
 
 
 def test_pruned_readouts(run):
