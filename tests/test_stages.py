@@ -353,7 +353,7 @@ def test_stopped_readouts_of_a_stage_go_on(folders, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stages.readout(other, 0, "random")
     monkeypatch.setattr(readouts.torch, "save", saved)
-    assert [path.name for path in other.folder.glob("stages/readouts-*/*/*")] == ["readouts-3.pt"]
+    assert [path.name for path in other.folder.glob("stages/readouts-*/*/*")] == ["readouts.pt"]
     resumed = stages.readout(replace(other, finished={}), 0, "random")
     assert any("resuming after epoch 1/3" in line for line in said)
     assert resumed.sha256 == stages.readout(run, 0, "random").sha256
