@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from paperlib import runs, taps, training
+from paperlib import runs, training
 
 sys.path.insert(0, str(runs.root() / "notebooks"))
 import parameters
@@ -31,10 +31,7 @@ def convergence(run: runs.Run, kind: str, lengths: list[int]) -> pd.DataFrame:
     network, inputs = stages.load_network(run, seed, kind)
 
     def make(folder: Path) -> None:
-        everywhere = taps.places(network, ["block"])
-        some = stages.first_middle_last(max(tap.encoder for tap in everywhere))
-        places = [tap for tap in everywhere if tap.encoder in some]
-        images = run.images.to(training.best_device())
+        images, places = run.images.to(training.best_device()), stages.places_first_middle_last(network, ["block"])
         weights = stages.trained_readouts(run, network, places, images, seed, folder, lengths=lengths)
         twins = [replace(tap, kind=f"{tap.kind}@{length}") for tap in places for length in lengths]
         found = stages.accuracy_and_snr(run, network, twins, weights, images)
@@ -46,11 +43,11 @@ def convergence(run: runs.Run, kind: str, lengths: list[int]) -> pd.DataFrame:
     return table.set_index(["encoder", "epochs"]).sort_index()
 
 
-def spread_of_seeds(profile: str, tap: str = "block") -> pd.DataFrame:
+def spread_of_seeds(profile: str) -> pd.DataFrame:
     """(network, encoder) -> accuracy, snr: largest less smallest of the committed seeds."""
     run = parameters.open_committed(profile)
     table, _ = stages.snr(run)
-    table = table[(table.threshold == run.settings.threshold) & ~table.centred & (table.tap == tap)]
+    table = table[(table.threshold == run.settings.threshold) & ~table.centred & (table.tap == "block")]
     by_place = table.groupby(["network", "encoder"])[["accuracy", "snr"]]
     return by_place.max() - by_place.min()
 
@@ -60,12 +57,12 @@ def main() -> None:
     parser.add_argument("--profile", default="cifar100-cpu", choices=parameters.profiles())
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--l2", type=float, help="penalty of the readouts (default: the profile's)")
-    parser.add_argument("--limit", type=int, default=0, help="images, for a trial; 0: all")
+    parser.add_argument("--limit", type=int, help="images, for a trial (default: all)")
     options = parser.parse_args()
     changes = {"limit": options.limit, "readout_l2": options.l2}
-    run = parameters.open_run(options.profile, {name: value for name, value in changes.items() if value})
+    run = parameters.open_run(options.profile, {name: value for name, value in changes.items() if value is not None})
     spread = spread_of_seeds(options.profile).add_prefix("spread of ")
-    found = {kind: convergence(run, kind, sorted(options.epochs)) for kind in stages.NETWORKS}
+    found = {kind: convergence(run, kind, sorted(set(options.epochs))) for kind in stages.NETWORKS}
     path = run.figures / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.save_table(path, pd.concat(found, names=["network"]).reset_index())

@@ -88,7 +88,7 @@ def make(profile: str, seed: int, cnn: bool, changes: dict, replace: bool = Fals
     network = stages.build_network(run, seed, weights).float()
     accuracy, by_label = scores(network, images)
     seconds = json.loads((trained.folder / "seconds.json").read_text(encoding="utf-8"))
-    stage = json.loads((trained.folder / "stage.json").read_text(encoding="utf-8"))  # of the machine that trained
+    stage = runs.read_json(trained.folder / "stage.json")  # of the machine that trained
     facts = {
         "model": s.model, "num_classes": len(images.classes), "image_size": s.image_size,
         "cct_options": {} if cnn else {"heads": s.heads or None, "positional_embedding": s.positional_embedding,

@@ -18,7 +18,7 @@ import pandas as pd
 import parameters
 import stages
 
-from paperlib import taps, training
+from paperlib import training
 from paperlib.runs import Run
 
 KINDS = ("attn", "block")
@@ -27,10 +27,10 @@ KINDS = ("attn", "block")
 def measured(run: Run, seed: int) -> pd.DataFrame:
     """encoder, tap -> accuracy (0..1), snr."""
     network, _ = stages.load_network(run, seed, "trained")
-    images, last = run.images.to(training.best_device()), len(network.classifier.blocks)
-    places = [place for place in taps.places(network, KINDS) if place.encoder in stages.first_middle_last(last)]
+    images, places = run.images.to(training.best_device()), stages.places_first_middle_last(network, KINDS)
     weights = stages.trained_readouts(run, network, places, images, seed)
-    return stages.accuracy_and_snr(run, network, places, weights, images).set_index(["tap", "encoder"]).sort_index()
+    found = stages.accuracy_and_snr(run, network, places, weights, images)
+    return found.set_index(["tap", "encoder"])[["accuracy", "snr"]].sort_index()
 
 
 def compared(again: pd.DataFrame, table: pd.DataFrame, seed: int, images: int) -> pd.DataFrame:

@@ -404,13 +404,10 @@ def _difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
 def more_heads(run: Run) -> pd.DataFrame:
     """The same small walk with other numbers of heads (`many_heads`), mean over encoders: heads, seed, network, excess,
     gap, test_accuracy."""
-    rows, few = [], {"taps": ["attn", "block"], "taps_once": [], "prune_attention": False}
+    rows = []
+    few = {"weights": "trained", "taps": ["attn", "block"], "taps_once": [], "prune_attention": False}
     for count in run.settings.many_heads:
-        other = replace(
-            run,
-            settings=run.settings.model_copy(update={"heads": count, "weights": "trained"} | few),
-            prefix=f"{count}-heads-",
-        )
+        other = replace(run, settings=run.settings.model_copy(update={"heads": count} | few), prefix=f"{count}-heads-")
         _, _, overall = head_division(other)
         accuracies = learning_curves(other).groupby("seed").test_accuracy.last()
         rows.append(overall.assign(heads=count, test_accuracy=overall.seed.map(accuracies)))

@@ -22,7 +22,7 @@ from stages.networks import (
     kinds,
     load_network,
     refresh_statistics,
-)  # fmt: skip
+)
 
 # CIFAR-100's own superclasses, five labels each
 SUPERCLASSES = """
@@ -123,14 +123,18 @@ def trained_readouts(
 
 
 def accuracy_and_snr(run: Run, network, places, weights: dict[str, Tensor], images: Images) -> pd.DataFrame:
-    """encoder, tap, accuracy (0..1, readout), snr (main threshold), over the test images."""
+    """encoder, tap, accuracy (0..1), snr and snr_centred (main threshold), offset_share, over the test images."""
     found = readouts.measure(network, places, weights, images.x_test, images.y_test, *images.statistics)
     rows = []
     for place in places:
         fields = snp.field_matrices(weights[place.name], found.class_means[place.name])
-        statistics = snp.tap_statistics(snp.boolean_matrices(fields, run.settings.threshold))
-        row = {"encoder": place.encoder, "tap": place.kind, "snr": statistics.snr}
-        rows.append(row | {"accuracy": found.correct[place.name].float().mean().item()})
+        centred, share = snp.split_offset(fields)
+        raw, without = (
+            snp.tap_statistics(snp.boolean_matrices(part, run.settings.threshold)).snr for part in (fields, centred)
+        )
+        row = {"encoder": place.encoder, "tap": place.kind}
+        row |= {"accuracy": found.correct[place.name].float().mean().item(), "snr": raw}
+        rows.append(row | {"snr_centred": without, "offset_share": share.mean().item()})
     return pd.DataFrame(rows)
 
 
@@ -151,9 +155,7 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        everywhere = taps.places(network, s.penalty_taps)
-        some = first_middle_last(max(tap.encoder for tap in everywhere))
-        chosen = [tap for tap in everywhere if tap.encoder in some]
+        chosen = places_first_middle_last(network, s.penalty_taps)
         # One more tap for each penalty: it records what its twin records, and its readout trains in the same passes.
         places = [replace(tap, kind=f"{tap.kind}@{value}", heads=0) for tap in chosen for value in values]
 
@@ -163,21 +165,15 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
         lengths = (s.penalty_epochs // 2, s.penalty_epochs)
         weights = trained_readouts(run, network, places, images, seed, folder, penalty=penalty, lengths=lengths)
-        rows = []
+        parts = []
         for epochs in lengths:  # one after the other: class means take as much memory as weights
-            measured = [replace(place, kind=f"{place.kind}@{epochs}") for place in places]
-            part = {place.name: weights.pop(place.name) for place in measured}
-            found = readouts.measure(network, measured, part, images.x_test, images.y_test, *images.statistics)
-            for place in measured:
-                tap, value, _ = place.kind.split("@")
-                fields = snp.field_matrices(part[place.name], found.class_means[place.name])
-                centred, share = snp.split_offset(fields)
-                raw, without = (snp.tap_statistics(snp.boolean_matrices(of, s.threshold)) for of in (fields, centred))
-                row = {"network": kind, "encoder": place.encoder, "tap": tap, "l2": value, "epochs": epochs}
-                row |= {"accuracy": found.correct[place.name].float().mean().item(), "snr": raw.snr}
-                rows.append(row | {"snr_centred": without.snr, "offset_share": share.mean().item()})
-            del part, found
-        save_table(folder / "penalties.csv", rows)
+            twins = [replace(place, kind=f"{place.kind}@{epochs}") for place in places]
+            part = {place.name: weights.pop(place.name) for place in twins}
+            parts.append(accuracy_and_snr(run, network, twins, part, images))
+        table = pd.concat(parts)
+        table[["tap", "l2", "epochs"]] = table.pop("tap").str.split("@").tolist()
+        columns = ["network", "encoder", "tap", "l2", "epochs", "accuracy", "snr", "snr_centred", "offset_share"]
+        save_table(folder / "penalties.csv", table.assign(network=kind)[columns])
 
     config = run.config(*ARCHITECTURE, *READOUT, "penalty_taps", "penalty_epochs", "threshold")
     config |= {"seed": seed, "kind": kind, "penalties": values}
@@ -186,6 +182,13 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
 def fields_of(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
     return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
+
+
+def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[taps.Tap]:
+    """Those taps of these kinds that lie in the first, middle and last encoder (a CNN's layer)."""
+    everywhere = taps.places(network, kinds)
+    some = first_middle_last(max(tap.encoder for tap in everywhere))
+    return [tap for tap in everywhere if tap.encoder in some]
 
 
 def first_middle_last(encoders: int) -> list[int]:

@@ -25,7 +25,7 @@ from stages.networks import (
     recipe,
     refresh_statistics,
     right_answers,
-)  # fmt: skip
+)
 from stages.nodes import READOUT, encoder_of, fields_of, labelled_batches, pruned_layers, readout, trained_readouts
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
@@ -243,6 +243,7 @@ def _why_filters(half: Run, seed: int) -> Artefact:
 
     def make(folder: Path) -> None:
         images, found = half.images.to(training.best_device()), source.arrays("sets")
+        refresh = partial(refresh_statistics, x=calibration_images(half, seed, images), images=images)
         pairs, rows = andc.connections(network, "filters"), []
         for at in thresholds:
             generator = training.generator(seed, "filters", at)
@@ -251,7 +252,6 @@ def _why_filters(half: Run, seed: int) -> Artefact:
             methods["same signs"] = _same_signs(masks, network, generator)
             for method, drawn in methods.items():
                 row = {"seed": seed, "threshold": at, "method": method}
-                refresh = partial(refresh_statistics, x=calibration_images(half, seed, images), images=images)
                 rows.append(row | _before_and_after(network, drawn, images, "refreshed", refresh))
         save_table(folder / "filters.csv", rows)
 
