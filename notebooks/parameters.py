@@ -50,11 +50,11 @@ class Settings(BaseModel):
     warmup: Share = Field(description="share of the steps in which the learning rate rises")
     decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
-    augmentation: Literal["light", "published"] = Field(
-        description="in training: light (shift, flip) or CCT's published"
+    augmentation: Literal["light", "mixed", "published"] = Field(
+        description="light: shift, flip; mixed: these, and half of the batches by mixup or cutmix; or CCT's published"
     )
-    shift: int = Field(ge=0, description="light augmentation: largest random shift in pixels")
-    flip: bool = Field(description="light augmentation: mirror half of the images")
+    shift: int = Field(ge=0, description="light and mixed augmentation: largest random shift in pixels")
+    flip: bool = Field(description="light and mixed augmentation: mirror half of the images")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         description="of the network in training steps; auto: bf16 where it is fast"
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from paperlib import distributed, files
-from paperlib.augmentation import published
+from paperlib.augmentation import augment
 from paperlib.data import BATCH, Images, augmented_batches, normalise
 from paperlib.muon import Muon
 
@@ -137,8 +137,7 @@ def train(
     batches = -(-len(data.x_train) // recipe.batch_size)
     steps_per_epoch = min(batches, recipe.max_steps or batches)
     steps = recipe.epochs * steps_per_epoch
-    curve: list[dict] = []
-    saved = None
+    curve, saved = [], None
     if checkpoint is not None and checkpoint.exists():
         with files.reading(checkpoint, "delete it to train anew"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -148,8 +147,7 @@ def train(
     recipe, saved = distributed.broadcast((recipe, saved))
     parts, known = optimizers(network, recipe), {"recipe": asdict(recipe), "seed": seed}
     if checkpoint is not None:  # else nothing has to wait for the device
-        pixels = (*mean.flatten().tolist(), *std.flatten().tolist())
-        known["pixels"] = [len(data.x_train), *(round(value, 4) for value in pixels)]
+        known["pixels"] = [len(data.x_train), *(round(x, 4) for x in torch.cat((mean, std)).flatten().tolist())]
     if saved is not None:
         with files.reading(checkpoint, "delete it to train anew"):
             if any(saved[key] != value for key, value in known.items()):
@@ -165,8 +163,7 @@ def train(
         network.train()
         losses = torch.zeros(steps_per_epoch, device=device)
         random = generator(seed, "batches", epoch)
-        strong = recipe.augmentation == "published"
-        shift, flip = (0, False) if strong else (recipe.shift, recipe.flip)
+        shift, flip = (0, False) if recipe.augmentation == "published" else (recipe.shift, recipe.flip)
         stream = augmented_batches(data.x_train, data.y_train, recipe.batch_size, shift, flip, random, (rank, ranks))
         with seeded(seed, "dropout", epoch, *range(rank)):  # rank 0 draws what a process of its own would
             steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
@@ -178,10 +175,7 @@ def train(
                 for group in itertools.chain.from_iterable(part.param_groups for part in parts):
                     group["lr"] = lr
                 share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
-                if strong:
-                    images, labels = published(images, labels, mean, std, len(data.classes))
-                else:
-                    images = normalise(images, mean, std)
+                images, labels = augment(recipe.augmentation, images, labels, mean, std, len(data.classes))
                 losses[step] = training_step(parallel, parts, images, labels, recipe, share)
         distributed.all_reduce(losses).div_(ranks)
         # A step's loss judges the weights before it; those after the last step are looked at themselves.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paperlib import augmentation
-from paperlib.augmentation import CHUNK, published
+from paperlib.augmentation import CHUNK, augment
 from paperlib.training import seeded
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
@@ -17,7 +17,7 @@ def batch(n=4 * CHUNK, size=16):
 
 def augmented(seed, n=4 * CHUNK):
     with seeded(seed):
-        return published(*batch(n), MEAN, STD, 5)
+        return augment("published", *batch(n), MEAN, STD, 5)
 
 
 @pytest.mark.parametrize("n", [1, CHUNK, 3 * CHUNK + 3])
@@ -39,7 +39,7 @@ def test_labels_are_those_of_the_two_images_that_are_mixed():
     shares = []
     for seed in range(20):
         with seeded(seed):
-            _, mixed = published(*batch(5), MEAN, STD, 5)  # image i has label i
+            _, mixed = augment("published", *batch(5), MEAN, STD, 5)  # image i has label i
         pairs = mixed[range(5), range(5)] + mixed[range(5), [4, 0, 1, 2, 3]]
         torch.testing.assert_close(pairs, torch.ones(5))
         shares.append(mixed[0, 0].item())
@@ -74,6 +74,33 @@ def test_chunks_are_drawn_apart():
     different = 0
     for seed in range(10):
         with seeded(seed):
-            result, _ = published(images, torch.zeros(2 * CHUNK, dtype=torch.long), MEAN, STD, 2)
+            result, _ = augment("published", images, torch.zeros(2 * CHUNK, dtype=torch.long), MEAN, STD, 2)
         different += not torch.allclose(result[1], result[CHUNK + 1], atol=1e-3)
     assert different >= 8
+
+
+def test_mixed_leaves_half_of_the_batches_as_they_are():
+    """The others are mixed as in the published recipe; no pixel is changed besides."""
+    images, labels = batch(5)
+    plain, _ = augment("light", images, labels, MEAN, STD, 5)
+    torch.testing.assert_close(plain, (images / 255 - MEAN) / STD)
+    unmixed = 0
+    for seed in range(200):
+        with seeded(seed):
+            result, result_labels = augment("mixed", images, labels, MEAN, STD, 5)
+        if result_labels.ndim == 1:
+            assert torch.equal(result, plain) and torch.equal(result_labels, labels)
+            unmixed += 1
+            continue
+        share = result_labels[0, 0]
+        torch.testing.assert_close(result_labels, share * torch.eye(5) + (1 - share) * torch.eye(5).roll(-1, dims=1))
+        both = torch.stack([plain, plain.roll(1, dims=0)])  # each pixel is one of the two images', or between them
+        assert (result >= both.amin(dim=0) - 1e-5).all() and (result <= both.amax(dim=0) + 1e-5).all()
+    assert 80 < unmixed < 120
+
+
+def test_light_draws_nothing():
+    with seeded(0):
+        before = torch.get_rng_state()
+        _, labels = augment("light", *batch(5), MEAN, STD, 5)
+        assert torch.equal(torch.get_rng_state(), before) and torch.equal(labels, torch.arange(5))
