@@ -57,15 +57,16 @@ def main() -> None:
     parser.add_argument("--profile", default="cifar100-cpu", choices=parameters.profiles())
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--l2", type=float, help="penalty of the readouts (default: the profile's)")
-    parser.add_argument("--limit", type=int, help="images, for a trial (default: all)")
+    parser.add_argument("--limit", type=int, help="images, for a trial that is printed only (default: all)")
     options = parser.parse_args()
     changes = {"limit": options.limit, "readout_l2": options.l2}
     run = parameters.open_run(options.profile, {name: value for name, value in changes.items() if value is not None})
     spread = spread_of_seeds(options.profile).add_prefix("spread of ")
     found = {kind: convergence(run, kind, sorted(set(options.epochs))) for kind in stages.NETWORKS}
-    path = run.figures / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.save_table(path, pd.concat(found, names=["network"]).reset_index())
+    if not options.limit:
+        path = run.figures / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.save_table(path, pd.concat(found, names=["network"]).reset_index())
     for kind, table in found.items():
         table = table.join(table.groupby("encoder").diff().add_suffix(" moved")).join(spread.loc[kind])
         print(f"\n{kind} network\n{table.round(4).to_string()}\n", flush=True)

@@ -51,10 +51,10 @@ class Settings(BaseModel):
     decay: Literal["linear", "cosine"] = Field(description="how the learning rate falls to 0 after that")
     label_smoothing: Share = Field(description="label smoothing of the cross-entropy")
     augmentation: Literal["light", "mixed", "published"] = Field(
-        description="light: shift, flip; mixed: these, and half of the batches by mixup or cutmix; or CCT's published"
+        description="light: shift, flip; mixed: half of the batches by mixup or cutmix, too; published: CCT's"
     )
-    shift: int = Field(ge=0, description="light and mixed augmentation: largest random shift in pixels")
-    flip: bool = Field(description="light and mixed augmentation: mirror half of the images")
+    shift: int = Field(ge=0, description="largest random shift in pixels (light, mixed; of readouts always)")
+    flip: bool = Field(description="mirror half of the images (light, mixed; of readouts always)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         description="of the network in training steps; auto: bf16 where it is fast"
     )
@@ -121,6 +121,8 @@ def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settin
     parse_vgg(settings.cnn, settings.image_size)
     if settings.weights == "reference":
         check_references(settings)
+    if settings.prune_thresholds != sorted(set(settings.prune_thresholds)):  # the first ones are taken for the smallest
+        raise ValueError(f"parameter 'prune_thresholds': {settings.prune_thresholds} must rise, each named once")
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
@@ -157,7 +159,7 @@ def check_batches(settings: Settings, images: int) -> None:
     needs two values."""
     steps = -(-images // settings.batch_size)
     whole = steps <= (settings.max_steps or steps)
-    if settings.image_size < 32 and whole and (settings.batch_size == 1 or images % settings.batch_size == 1):
+    if settings.image_size < 32 and (settings.batch_size == 1 or (whole and images % settings.batch_size == 1)):
         raise ValueError(
             f"parameter 'batch_size': {settings.batch_size} leaves one of {images} training images alone in its step, "
             f"which the CNN cannot take at {settings.image_size} pixels: take another batch_size or limit"

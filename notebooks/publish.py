@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs.write_text(root / "README.md", page)
     runs.write_text(root / "CITATION.cff", f"{citation}repository-code: {address}\n")
     for path, notebook in notebooks.items():
-        nbformat.write(notebook, path)
+        runs.write_text(path, nbformat.writes(notebook) + "\n")
     return 0
 
 

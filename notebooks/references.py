@@ -21,6 +21,7 @@ import parameters
 import stages
 import torch
 from safetensors.torch import save
+from stages.networks import right_answers
 
 from paperlib import data, files, models, runs, training
 from paperlib.models import reference
@@ -65,7 +66,7 @@ def scores(network: torch.nn.Module, images: data.Images) -> tuple[float, float]
     """Test accuracy over images, and its mean over labels."""
     images = images.to(training.best_device())
     network = network.to(training.best_device())
-    right = training.predict(network, images.x_test, *images.statistics).argmax(dim=1) == images.y_test
+    right = right_answers(network, images)
     by_label = torch.stack([right[images.y_test == label].float().mean() for label in images.y_test.unique()])
     return right.float().mean().item(), by_label.mean().item()
 
@@ -102,7 +103,7 @@ def make(profile: str, seed: int, cnn: bool, changes: dict, replace: bool = Fals
     reference.FOLDER.mkdir(exist_ok=True)
     with files.whole(reference.FOLDER / f"{name}.safetensors") as file:
         file.write(save(weights, {"card": json.dumps(facts)}))
-    (reference.FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
+    runs.write_text(reference.FOLDER / f"{name}.md", page(name))
     print(f"{name}: test accuracy {accuracy:.2%}")
 
 

@@ -8,7 +8,6 @@ asks for nothing from outside, runs no script, and shows names from data as text
 
 import argparse
 import base64
-import re
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import jinja2
 import mistune
 import pandas as pd
 import parameters
-from store_outputs import CLAIMS
+from store_outputs import CLAIMS, without_links
 from verdicts import BESIDE, of_claims
 
 from paperlib import runs
@@ -138,8 +137,8 @@ def _table(path: Path) -> dict:
 
 
 def _html(page: Path) -> str:
-    """A page of the documentation, without its links to other pages, which the reader of a report does not have."""
-    text = re.sub(r"\[([^\]]+)\]\((?!https:)[^)]*\)", r"\1", page.read_text(encoding="utf-8"))
+    """A page of the documentation."""
+    text = without_links(page.read_text(encoding="utf-8"))
     return mistune.create_markdown(escape=True, plugins=["table"])(text)
 
 

@@ -15,6 +15,7 @@ such results can be looked at, and made anew by a walk, but not regenerated with
 """
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from verdicts import BESIDE, of_claims
 
 from paperlib import runs
 
+OF_QUICK = re.compile(r"^As committed, this notebook shows `quick`.*\n*", re.MULTILINE)  # not true of a page
 CLAIMS = {
     "C1": "[CNNs and transformers share the mechanism](notebooks/05_cnn_counterpart.ipynb)",
     "C2": "[each node identifies small clusters of labels](notebooks/02_snr_per_encoder.ipynb)",
@@ -136,12 +138,20 @@ def executed_notebooks(profile: str, names: Iterable[str]) -> dict[Path, tuple[n
     return notebooks
 
 
+def without_links(markdown: str) -> str:
+    """Markdown without its links to other pages of the project, which whoever downloads a page does not have."""
+    return re.sub(r"\[([^\]]+)\]\((?!https:)[^)]*\)", r"\1", markdown)
+
+
 def store_pages(notebooks: dict[Path, tuple], target: Path) -> None:
     """A walk's copies of the notebooks, with its parameters, as pages for readers without a kernel."""
     from nbconvert import HTMLExporter  # here, because only this takes it
 
     target.mkdir(parents=True, exist_ok=True)
     for path, (_, executed) in notebooks.items():
+        for cell in executed.cells:
+            if cell.cell_type == "markdown":
+                cell.source = without_links(OF_QUICK.sub("", cell.source))
         page, _ = HTMLExporter().from_notebook_node(executed, {"metadata": {"name": path.stem}})
         runs.write_text(target / f"{path.stem}.html", page)
 
@@ -158,9 +168,6 @@ def finished_stages(folder: Path) -> dict[str, str]:
 def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
     """The small files of the stages that a summary names (stage -> key), from a run or from what is committed already;
     others are removed."""
-    for place in target.glob("*/*"):
-        if used.get(place.parent.name) != place.name:
-            shutil.rmtree(place)
     for name, key in used.items():
         made, copy = stages / name / key, target / name / key
         if not copy.exists():
@@ -172,6 +179,9 @@ def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
             shutil.copytree(made, partial, ignore=shutil.ignore_patterns(*large, ".*.part"))
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(copy)
+    for place in target.glob("*/*"):
+        if used.get(place.parent.name) != place.name:
+            shutil.rmtree(place)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         if profile == "quick":
             every = executed_notebooks(profile, (path.stem for path in notebook_files()))
             for path, (notebook, _) in every.items():
-                nbformat.write(notebook, path)
+                runs.write_text(path, nbformat.writes(notebook) + "\n")
         elif summary["config"]["weights"] != "reference":
             raise ValueError("results of networks that are not committed cannot be regenerated: use weights=reference")
         elif options.figures_only:

@@ -47,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     try:
         rank, _ = rank_and_ranks()
-        # The first rank of each machine before the others, so that what has to be downloaded is downloaded once.
-        run = parameters.open_run(options.profile, changes) if os.environ["LOCAL_RANK"] == "0" else None
-        dist.barrier()
-        run = run or parameters.open_run(options.profile, changes)
+        run = None  # the first rank, the first of each machine, all: what has to be downloaded is downloaded once,
+        for turn in (rank == 0, os.environ["LOCAL_RANK"] == "0", True):  # whether machines share a folder or not
+            run = run or (parameters.open_run(options.profile, changes) if turn else None)
+            dist.barrier()
         for seed in run.settings.seeds:
             if rank == 0:
                 if not stages.train(run, seed).fresh:

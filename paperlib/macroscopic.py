@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paperlib.snp import means_of
+
 
 def node_fields(activations: Tensor, weight: Tensor) -> Tensor:
     """Every node's own output fields, image by image: (n, T, D), readout (L, T, D) -> (D, n, L)."""
@@ -33,11 +35,9 @@ def moments(
             fields = node_fields(activations[name], weight).double()
             sums[name][0].index_add_(1, y, fields)
             sums[name][1].index_add_(1, y, fields.square())
-    if not counts.all():
-        raise ValueError(f"label {(counts == 0).nonzero()[0].item()} has no image, so its mean does not exist")
     found = {}
     for name, total in sums.items():
-        mean, square = total / counts[:, None]
+        mean, square = (means_of(part.transpose(0, 1), counts).transpose(0, 1) for part in total)
         found[name] = mean.float(), (square - mean.square()).clamp(min=0).float()
     return found
 

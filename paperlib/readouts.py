@@ -76,8 +76,9 @@ def train_readouts(
         if checkpoint is not None and checkpoint.exists():
             with files.reading(checkpoint, "delete it to train anew"):
                 saved = torch.load(checkpoint, map_location=images.device, weights_only=True)
-                if any(saved[key] != value for key, value in known.items()):
-                    raise ValueError("it was written with another recipe or seed, or for other taps")
+                alike = all(abs(saved["scales"][tap] / scale - 1) < 1e-3 for tap, scale in scales.items())
+                if any(saved[key] != value for key, value in known.items()) or not alike:
+                    raise ValueError("it was written with another recipe, seed, network or images, or for other taps")
                 adam.load_state_dict(saved.pop("adam"))
                 for name, weight in weights.items():
                     weight.copy_(saved["weights"].pop(name))  # with every copy one less to hold

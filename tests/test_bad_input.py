@@ -238,6 +238,11 @@ ROWS = [
     ("held_out 1", ["held_out=1"], r"'held_out'.*less than 1"),
     ("limit without some labels", ["limit=150"], r"limit=150 leaves a label without images: use at least 200"),
     ("an image alone in its step", ["limit=201"], r"'batch_size'.*one of 201 training images.*another batch_size or"),
+    (
+        "every image alone in its step",
+        ["batch_size=1", "max_steps=5"],
+        r"'batch_size'.*1 leaves one of.*another batch_size",
+    ),
     ("a line break in a name", ["data=folder:a\nb"], r"folder:.*a b has no train/ folder"),
     ("notebooks that exclude each other", ["lr=1", "--only", "01", "--from", "03"], r"--from 03 leaves none of"),
     (

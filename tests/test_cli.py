@@ -36,6 +36,8 @@ MISTAKES = [
     (["quick", "--set", "taps=[attn, block, blok]"], "unknown tap 'blok'"),
     (["quick", "--set", "taps=[ff2]"], "'taps'"),
     (["quick", "--set", "retrain_thresholds=[0.99]"], "parameter 'retrain_thresholds'"),
+    (["quick", "--set", "prune_thresholds=[0.3, 0.3]"], "must rise, each named once"),
+    (["quick", "--set", "prune_thresholds=[0.6, 0.3]"], "must rise, each named once"),
     (["quick", "--set", "epochs"], "not of the form NAME=VALUE"),
     (["quick", "--set", "seeds=[0"], "is not a value"),
     (["quick", "--only", "07"], "there is no notebook '07'"),

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import pandas
 import parameters
 import pytest
 import references
@@ -127,6 +128,21 @@ def test_stored_outputs_are_those_of_one_clean_run(path):
 
 
 # --- README and pages
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "figures").glob("*/pages/*.html")), ids=lambda page: page.stem)
+def test_downloaded_pages_need_no_other_file(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r'(href|src)="(?!https?:|data:|#)', text) and "As committed, this notebook" not in text
+
+
+def test_stored_parameters_are_those_of_quick():
+    """With the meanings that parameters.py gives them now."""
+    notebook = nbformat.read(ROOT / "notebooks" / "01_train_cct.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if cell.source == "parameters.card(run.settings)")
+    with pandas.option_context("display.max_colwidth", None):
+        shown = parameters.card(parameters.load_settings("quick")).to_html(notebook=True)
+    assert cell.outputs[0].data["text/html"] == shown
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)

@@ -410,7 +410,7 @@ def test_stopped_readouts_end_as_if_nothing_had_happened(network, tmp_path, monk
         if len(said) == 4:
             raise KeyboardInterrupt
 
-    def trained(log, checkpoint=tmp_path / "readouts.pt", recipe=recipe):
+    def trained(log, checkpoint=tmp_path / "readouts.pt", recipe=recipe, images=images):
         return readouts.train_readouts(
             network, found, images, labels, 5, MEAN, STD, recipe, 0, log, lambda name, scale: scale, checkpoint
         )
@@ -429,6 +429,8 @@ def test_stopped_readouts_end_as_if_nothing_had_happened(network, tmp_path, monk
     for other in (replace(recipe, lr=0.2), replace(recipe, epochs=6)):
         with pytest.raises(ValueError, match=r"readouts\.pt.*another recipe.*delete it"):
             trained(said.append, recipe=other)
+    with pytest.raises(ValueError, match=r"readouts\.pt.*other.* images.*delete it"):
+        trained(said.append, images=255 - images)
     (tmp_path / "readouts.pt").write_bytes((tmp_path / "readouts.pt").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"readouts\.pt.*delete it"):
         trained(said.append)

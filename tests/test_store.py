@@ -43,7 +43,10 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
     shutil.rmtree(run.folder / "stages")
     store_outputs.store_stages(used, run.folder / "stages", target)  # what is committed already stays
     with pytest.raises(ValueError, match="run the walk again"):
-        store_outputs.store_stages(used | {"snr-trained-seed0": "0" * 16}, run.folder / "stages", target)
+        store_outputs.store_stages(
+            {"matrices-trained-seed0": "0" * 16, "snr-trained-seed0": "0" * 16}, run.folder / "stages", target
+        )
+    assert {path.parent.name: path.name for path in target.glob("*/*")} == used
 
 
 def test_a_copy_that_was_interrupted_is_not_taken_for_a_stage(folders, monkeypatch):
@@ -123,6 +126,7 @@ def test_executed_notebooks_become_pages(folders):
         assert f"<title>{name}</title>" in page and "data:image/png" in page
         text = html.unescape(re.sub("<[^>]+>", "", page))
         assert 'profile = "cifar100-cpu"' in text  # the walk's own parameters
+        assert "As committed" not in text and 'href="../' not in page  # what is true of a notebook in its folder only
     assert "Applied nodal diagonal connections" in pages["03_andc_pruning"]
 
 

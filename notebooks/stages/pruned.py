@@ -283,13 +283,14 @@ def why_ff(run: Run) -> pd.DataFrame:
 def _why_ff(run: Run, seed: int) -> Artefact:
     source, thresholds = label_sets(run, seed), run.settings.prune_thresholds[:3]
     network, inputs = load_network(run, seed, "trained")
+    norms = input_norms(run, seed, "ff").arrays("norms")
 
     def make(folder: Path) -> None:
         images, found = run.images.to(training.best_device()), source.arrays("sets")
         _, held = held_out(run.images.y_train, run.settings.held_out)
         most = max(100, min(1000, 1000 * 32**2 // run.settings.image_size**2))  # all in one pass: larger images, fewer
         x = normalise(images.x_train[held[:: -(-len(held) // most)]], *images.statistics)
-        norms, rows = input_norms(run, seed, "ff").arrays("norms"), []
+        rows = []
         for at in thresholds:
             for method, draw, masks in _masks(run, network, found, norms, seed, "ff", at):
                 if method in MASKS and draw == 0:
