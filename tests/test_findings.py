@@ -198,18 +198,36 @@ def test_sharpening(run, curves):
     states("C3", "give a growth of {:.2f} instead of {:.2f} (first seed)", grown[4], main)
 
 
-def test_convergence_of_readouts(run):
-    """What `benchmarks/convergence.py` left."""
-    found = pd.read_csv(run.figures / "benchmarks" / "convergence-0.001.csv").set_index(
-        ["network", "encoder", "epochs"]
-    )
-    for epochs in (4, 8, 16, 32):
+def converging(run, l2, lengths):
+    """(network, encoder, epochs) -> accuracy, snr, as `benchmarks/convergence.py` left them; the page has them too."""
+    path = run.figures / "benchmarks" / f"convergence-{l2}.csv"
+    found = pd.read_csv(path).set_index(["network", "encoder", "epochs"])
+    assert sorted(found.index.unique("epochs")) == lengths
+    for epochs in lengths:
         cells = []
         for network in (TRAINED, RANDOM):
             part = found.loc[network].xs(epochs, level="epochs")
             cells += [", ".join(f"{100 * value:.1f}" for value in part.accuracy)]
             cells += [", ".join(f"{value:.2f}" for value in part.snr)]
         states("C3", f"| {epochs} | " + " | ".join(cells) + " |")
+    return found
+
+
+def test_convergence_of_readouts_with_a_larger_penalty(run):
+    found = converging(run, "0.01", [8, 16])
+    moved = found.groupby(["network", "encoder"]).diff().dropna().droplevel("epochs").abs()
+    table = stages.snr(run)[0].query("tap == 'block' and not centred")
+    table = table[table.threshold == run.settings.threshold].groupby(["network", "encoder"]).snr
+    assert (moved.snr < (table.max() - table.min())[moved.index]).all()  # "less than seeds differ"
+    grown = (found.snr.unstack("encoder")[7] - found.snr.unstack("encoder")[1]).loc[TRAINED]
+    states("C3", "the growth is {:.2f} and {:.2f}", *grown)
+    assert grown.min() > 1.26  # "less than what longer training gives"
+    states("C3", "accuracies move by {:.1f}, {:.1f} and {:.1f} points", *(100 * moved.accuracy[TRAINED]))
+    states("C3", "those of the random network by up to {:.1f}", 100 * moved.accuracy[RANDOM].max())
+
+
+def test_convergence_of_readouts(run):
+    found = converging(run, "0.001", [4, 8, 16, 32])
     moved = found.groupby(["network", "encoder"]).diff().query("epochs > 8").abs().groupby("network").max()
     text = "by {:.1f} points at most with every doubling, those of the random network by {:.1f}"
     states("C3", text, *(100 * moved.accuracy[network] for network in (TRAINED, RANDOM)))
