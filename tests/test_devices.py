@@ -28,7 +28,7 @@ def fake_network(device, **kwargs):
 
 @pytest.mark.parametrize("positional_embedding", ["learnable", "sine", "none"])
 def test_forward_pass(cuda, positional_embedding):
-    network = fake_network(cuda, positional_embedding=positional_embedding, dropout=0.1)
+    network = fake_network(cuda, positional_embedding=positional_embedding)
     logits = network(torch.empty(8, 3, 32, 32, device=cuda))
     assert logits.device == cuda and logits.shape == (8, 10)
 

@@ -245,7 +245,7 @@ def test_both_branches_can_be_dropped():
     """With a rate of almost 1, training leaves the normalised residual stream alone; evaluation drops nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        rates = {rate: EncoderBlock(8, 2, 16, 0.0, 0.0, rate) for rate in (0.0, 1 - 1e-6)}
+        rates = {rate: EncoderBlock(8, 2, 16, 0.0, rate) for rate in (0.0, 1 - 1e-6)}
     always, dropped = rates.values()
     dropped.load_state_dict(always.state_dict())
     x = torch.randn(3, 4, 8, generator=seeded())
@@ -262,10 +262,10 @@ def test_depth_raises_the_rate_from_zero():
 
 
 def test_dropout_is_off_in_evaluation(build):
-    network = build(dropout=0.5, attention_dropout=0.5, stochastic_depth=0.5)
+    network = build(attention_dropout=0.5, stochastic_depth=0.5)
     images = torch.randn(4, 3, 16, 16, generator=seeded())
     assert torch.equal(network(images), network(images))
-    assert torch.equal(network(images), build(dropout=0, attention_dropout=0, stochastic_depth=0)(images))
+    assert torch.equal(network(images), build(attention_dropout=0, stochastic_depth=0)(images))
     network.train()
     assert not torch.allclose(network(images), network(images), atol=1e-3)
 

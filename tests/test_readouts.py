@@ -186,7 +186,7 @@ def test_of_a_module_that_answers_with_a_tuple_the_first_is_recorded():
 
 
 def test_activations_come_in_order_and_without_dropout(build):
-    network = build(dropout=0.5)
+    network = build(attention_dropout=0.5)
     images, found = pictures(7), taps.cct_taps(network, ["attn", "block"])
     batches = list(taps.activations(network.train(), found, images, MEAN, STD, batch_size=3))
     assert [len(batch["1.attn"]) for batch in batches] == [3, 3, 1]

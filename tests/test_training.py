@@ -103,7 +103,7 @@ def train_cct(checkpoint, initial_seed, killed_at=None):
     """Train the smallest CCT with all its sources of randomness; optionally die in the middle of a step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(initial_seed)
-        network = cct("cct_2_3x2", num_classes=3, image_size=8, dropout=0.2, stochastic_depth=0.3)
+        network = cct("cct_2_3x2", num_classes=3, image_size=8, attention_dropout=0.2, stochastic_depth=0.3)
     if killed_at:
         at_step(network, killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     curve = train(

@@ -72,12 +72,10 @@ def readout(run: Run, seed: int, kind: str) -> Artefact:
         save_tensors(folder / "fields_test.safetensors", fields_of(weights, test))
         save_arrays(folder / "correct.npz", correct)
         if kind == "trained":
-            _, held = held_out(run.images.y_train, s.held_out)
             places = [place for place in places if place.kind in unseen]
             weights = {place.name: weights[place.name] for place in places}
-            x, y = images.x_train[held], images.y_train[held]
-            others = readouts.measure(network, places, weights, x, y, *images.statistics)
-            save_tensors(folder / "fields_held_out.safetensors", fields_of(weights, others))
+            fields = held_out_fields(run, network, places, weights, images)
+            save_tensors(folder / "fields_held_out.safetensors", fields)
 
     # "deciding" is what stored stages call the taps that are looked at on held-out images
     config = run.config(*ARCHITECTURE, *READOUT) | {"seed": seed, "kind": kind}
@@ -182,6 +180,13 @@ def _penalties(run: Run, seed: int, kind: str) -> Artefact:
 
 def fields_of(weights: dict[str, Tensor], measured: readouts.Measured) -> dict[str, Tensor]:
     return {tap: snp.field_matrices(weights[tap], means) for tap, means in measured.class_means.items()}
+
+
+def held_out_fields(run: Run, network, places, weights: dict[str, Tensor], images: Images) -> dict[str, Tensor]:
+    """Field matrices over the held-out training images."""
+    _, held = held_out(run.images.y_train, run.settings.held_out)
+    x, y = images.x_train[held], images.y_train[held]
+    return fields_of(weights, readouts.measure(network, places, weights, x, y, *images.statistics))
 
 
 def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[taps.Tap]:

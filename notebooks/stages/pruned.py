@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from verdicts import MASKS
 
-from paperlib import andc, macroscopic, readouts, snp, taps, training
+from paperlib import andc, macroscopic, snp, taps, training
 from paperlib.data import Images, held_out, normalise
 from paperlib.runs import Artefact, Run, save_arrays, save_table, save_tensors
 from stages.networks import (
@@ -26,7 +26,15 @@ from stages.networks import (
     refresh_statistics,
     right_answers,
 )
-from stages.nodes import READOUT, encoder_of, fields_of, labelled_batches, pruned_layers, readout, trained_readouts
+from stages.nodes import (
+    READOUT,
+    encoder_of,
+    held_out_fields,
+    labelled_batches,
+    pruned_layers,
+    readout,
+    trained_readouts,
+)
 
 DRAWN = ("random", "permuted")  # controls of which there are several draws
 PRUNING = ("held_out", "prune_draws", "retrain_epochs", "retrain_lr")
@@ -84,10 +92,8 @@ def classifier_sets(run: Run, seed: int) -> Artefact:
 
     def make(folder: Path) -> None:
         images = run.images.to(training.best_device())
-        _, held = held_out(run.images.y_train, s.held_out)
         weights = trained_readouts(run, network, [last], images, seed)
-        x, y = images.x_train[held], images.y_train[held]
-        fields = fields_of(weights, readouts.measure(network, [last], weights, x, y, *images.statistics))
+        fields = held_out_fields(run, network, [last], weights, images)
         save_arrays(folder / "sets.npz", _recognised(fields, s.prune_thresholds))
 
     # The training of `readout`: who raises its version raises this one too.

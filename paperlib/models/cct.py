@@ -38,13 +38,12 @@ class Attention(nn.Module):
     Node k of the concatenated heads (the input of `proj`) belongs to head k // (d/H).
     """
 
-    def __init__(self, width: int, heads: int, attention_dropout: float, dropout: float):
+    def __init__(self, width: int, heads: int, attention_dropout: float):
         super().__init__()
         self.heads = heads
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(dropout)
 
     def split_heads(self, qkv: Tensor) -> Tensor:
         """Output of the qkv layer (B, N, 3d) -> (3, B, H, N, d/H)."""
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         many = q.shape[2] >= 256 and not torch.is_grad_enabled()
         fused = many or q.device.type != "cpu" or q.dtype != torch.bfloat16
         heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused)
-        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+        return self.proj(heads.transpose(1, 2).flatten(2))
 
 
 class EncoderBlock(nn.Module):
@@ -66,25 +65,20 @@ class EncoderBlock(nn.Module):
     the FF residual starts from the normalised stream.
     """
 
-    def __init__(
-        self, width: int, heads: int, ff_width: int, dropout: float, attention_dropout: float, drop_path: float
-    ):
+    def __init__(self, width: int, heads: int, ff_width: int, attention_dropout: float, drop_path: float):
         super().__init__()
         self.pre_norm = nn.LayerNorm(width)
-        self.self_attn = Attention(width, heads, attention_dropout, dropout)
+        self.self_attn = Attention(width, heads, attention_dropout)
         self.norm1 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, ff_width)
         self.activation = nn.GELU()
-        self.dropout1 = nn.Dropout(dropout)
         self.linear2 = nn.Linear(ff_width, width)
-        self.dropout2 = nn.Dropout(dropout)
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         rate = self.drop_path if self.training else 0.0
         x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x)), rate))
-        ff = self.dropout1(self.activation(self.linear1(x)))
-        return x + drop_path(self.dropout2(self.linear2(ff)), rate)
+        return x + drop_path(self.linear2(self.activation(self.linear1(x))), rate)
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:
@@ -134,7 +128,6 @@ class TransformerClassifier(nn.Module):
         tokens: int,
         num_classes: int,
         positional_embedding: str,
-        dropout: float,
         attention_dropout: float,
         stochastic_depth: float,
     ):
@@ -145,9 +138,8 @@ class TransformerClassifier(nn.Module):
             self.register_buffer("positional_emb", sine_embedding(tokens, width))
         else:
             self.positional_emb = None
-        self.dropout = nn.Dropout(dropout)
         rates = [stochastic_depth * index / max(1, blocks - 1) for index in range(blocks)]
-        shape = (width, heads, ff_width, dropout, attention_dropout)
+        shape = (width, heads, ff_width, attention_dropout)
         self.blocks = nn.ModuleList(EncoderBlock(*shape, rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.attention_pool = nn.Linear(width, 1)
@@ -159,7 +151,7 @@ class TransformerClassifier(nn.Module):
         if self.positional_emb is not None:
             # In the tokens' precision: a sum with fp32 positions would put the whole stream of a bf16 step into fp32.
             tokens = tokens + self.positional_emb.to(tokens.dtype)
-        return self.dropout(tokens)
+        return tokens
 
     def classify(self, stream: Tensor) -> Tensor:
         """The last encoder's output (B, N, d) -> logits (B, labels), through LayerNorm, SeqPool and the classifier."""
@@ -194,7 +186,6 @@ def cct(
     image_size: int = 32,
     positional_embedding: str = "learnable",
     heads: int | None = None,
-    dropout: float = 0.0,
     attention_dropout: float = 0.1,
     stochastic_depth: float = 0.1,
 ) -> CCT:
@@ -218,9 +209,8 @@ def cct(
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide the width {width} of {name}: use a divisor of {width}")
     tokenizer = Tokenizer(kernel, convs, width)
-    rates = (dropout, attention_dropout, stochastic_depth)
     shape = (blocks, width, heads, ratio * width, tokenizer.tokens(image_size), num_classes)
-    classifier = TransformerClassifier(*shape, positional_embedding, *rates)
+    classifier = TransformerClassifier(*shape, positional_embedding, attention_dropout, stochastic_depth)
     network = CCT(tokenizer, classifier)
     network.apply(_initialise)
     if positional_embedding == "learnable":
