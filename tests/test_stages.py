@@ -1,7 +1,9 @@
 """The walk's own promises: which images decide what."""
 
 import copy
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -398,7 +400,13 @@ def test_retrained_networks_are_compared_with_the_unpruned_one_retrained_alike(f
     run = parameters.open_run("quick", few | {"retrain_thresholds": [0.4], "retrain_lr": 0.01})
     table, answers = stages.pruning(run), stages.unpruned(run, 0).arrays("answers")
     alone = table[table.layers == "classifier"]
-    assert (alone.retrained_accuracy + alone.retrained_loss).dropna().round(6).nunique() == 1
+    (network, _), into = (
+        stages.load_network(run, 0, "trained"),
+        stages.pruned.classifier_inputs(run, 0).tensors("inputs"),
+    )
+    fc = copy.deepcopy(network.classifier.fc).requires_grad_(True)
+    level = stages.pruned._retrained_classifier(run, fc, into, run.images, 0).float().mean().item()
+    assert (alone.retrained_accuracy + alone.retrained_loss).dropna().to_numpy() == pytest.approx(level)
     table = table[table.layers == "ff"]
     assert answers.keys() == {"intact", "retrained"} and not torch.equal(answers["intact"], answers["retrained"])
     whole = table[table.images == len(run.images.x_test)]
@@ -456,3 +464,135 @@ def test_every_panel_of_the_distributions_shows_its_nodes():
         to_axes = axis.transData - axis.transAxes
         heights = np.concatenate([to_axes.transform(line.get_xydata())[:, 1] for line in axis.lines])
         assert heights.min() > 0.1 and heights.max() < 0.9
+
+
+def stored(**values):
+    """What a stage would hand on, without its computation: arrays, tensors -> name -> values."""
+    return SimpleNamespace(sha256="", **{kind: parts.get for kind, parts in values.items()})
+
+
+def test_the_gap_is_that_of_owners_by_held_out_images(folders, monkeypatch):
+    """Held-out images give label l to head l % 4, which is true; the test images give it to the next head."""
+    y, own = torch.arange(160) % 8, torch.arange(32)[:, None] // 8 == torch.arange(8) % 4
+    held = {f"{encoder}.attn": torch.diag_embed(own.float()) for encoder in range(1, 5)}
+    shown = {name: fields.roll(8, dims=0) for name, fields in held.items()}
+    correct = {f"heads/{name}": torch.ones(160, 4) > 0 for name in held}
+    ablated = ~((y % 4 == torch.arange(4)[:, None]) & (torch.arange(160) < 80))  # half of a head's own images
+    run = parameters.open_run("quick", CUT | {"permutations": 200})
+    images = replace(run.images, x_test=run.images.x_test[:160], y_test=y, classes=tuple("abcdefgh"))
+    run, network = replace(run, images=images, finished={}), stages.build_network(run, 0)
+    source = stored(
+        arrays={"correct": correct, "matrices": {name: fields > 0 for name, fields in shown.items()}},
+        tensors={"fields_test": shown, "fields_held_out": held},
+    )
+    instead = {"readout": source, "matrices": source, "_means": None, "load_network": (network, {})}
+    instead |= {"right_answers": torch.ones(160) > 0, "_ablations": ablated.expand(4, 4, 160)}
+    for name, value in instead.items():
+        monkeypatch.setattr(stages.division, name, lambda *_, value=value: value)
+    _, encoders, overall = (table[table.network == "trained"] for table in stages.head_division(run))
+    assert encoders.gap.to_numpy() == pytest.approx(0.5)
+    assert encoders.gap_same_images.to_numpy() == pytest.approx(-1 / 6)
+    assert encoders.specialisation.to_numpy() == pytest.approx(math.log(4))
+    row, width = overall.iloc[0], (encoders.null_high - encoders.null_low).mean()
+    assert row.gap_low < 0.5 < row.gap_high and row.gap_null_high < 0.4
+    assert row.excess_low < row.excess < row.excess_high < row.excess_low + 0.7 * width  # a mean over four encoders
+
+
+def test_single_nodes_predict_without_test_images(folders, monkeypatch):
+    """C6 on ten labels, a random network and readouts by ridge regression: only what is measured follows the test
+    images; the factor is the one that predicts the first encoder on held-out images."""
+    run, generator = parameters.open_run("quick", CUT), torch.Generator().manual_seed(0)
+    y = torch.arange(200) % 10
+    base = torch.randint(112, 144, (10, 3, 24, 24), generator=generator)
+    noisy = [(base[y] + torch.randint(-110, 111, (200, 3, 24, 24), generator=generator)).byte() for _ in range(2)]
+    run = replace(run, images=data.Images("toy", noisy[0], y, noisy[1], y, tuple("abcdefghij")))
+    network, statistics = stages.build_network(run, 0).eval().requires_grad_(False), run.images.statistics
+    kept, held = data.held_out(y, run.settings.held_out)
+    places, weights = cct_taps(network, ["block"]), {}
+    for place in places:
+        batches = activations(network, [place], noisy[0][kept], *statistics)
+        nodes = torch.cat([batch[place.name] for batch in batches])
+        flat = nodes.flatten(1) - nodes.flatten(1).mean(dim=0)
+        ridge = flat @ flat.T + 0.1 * flat.square().sum() / len(flat) * torch.eye(len(flat))
+        targets = torch.nn.functional.one_hot(y[kept]) - 0.1
+        weights[place.name] = (targets.T @ torch.linalg.solve(ridge, flat)).unflatten(1, nodes.shape[1:])
+    monkeypatch.setattr(stages.nodes, "load_network", lambda *_: (network, {}))
+    monkeypatch.setattr(stages.nodes, "readout", lambda *_: stored(tensors={"weights": weights}))
+
+    def accuracies(x, y):
+        found = readouts.measure(network, places, weights, x, y, *statistics).correct
+        return [right.float().mean().item() for right in found.values()]
+
+    tables = []
+    for shown in (noisy[1], noisy[1].flip(3)):
+        other = replace(run, images=replace(run.images, x_test=shown), folder=folders / str(len(tables)), finished={})
+        tables.append(table := stages.macroscopic_accuracies(other))
+        whole = table[table["size"] == 128]
+        assert whole.measured.to_numpy() == pytest.approx(accuracies(shown, y), abs=1.1 / 200)
+        by_size = table[table.encoder == 1].groupby("size").measured.mean()
+        assert table.only_size.to_numpy() == pytest.approx(table["size"].map(by_size).to_numpy())
+    assert tables[0].predicted.equals(tables[1].predicted) and not tables[0].measured.equals(tables[1].measured)
+    fitted = accuracies(noisy[0][held], y[held])[0]
+    assert 0.15 < fitted < 0.9 and whole.predicted.iloc[0] == pytest.approx(fitted, abs=0.01)
+
+
+def test_draws_of_a_control_share_the_test_images_out(folders, monkeypatch):
+    """Each image is scored once by all draws together; the standard error is that of a mean over a draw's images."""
+    run, seen, generator = parameters.open_run("quick", CUT | {"prune_draws": 3}), [], torch.Generator().manual_seed(0)
+    network, n = stages.build_network(run, 0).eval().requires_grad_(False), len(run.images.y_test)
+    kinds = [f"{encoder}.{tap}" for encoder in range(1, 5) for tap in ("ff_in", "ff1", "ff2")]
+    sets = {f"0.4/{kind}": torch.rand(128, 100, generator=generator) < 0.1 for kind in kinds}
+    norms = {name: torch.ones(128) for name in andc.connections(network, "ff")}
+    source = stored(arrays={"sets": sets, "norms": norms, "answers": {"intact": torch.ones(n) > 0}})
+
+    def one_in_ten_wrong(network, images, part):
+        seen.append(torch.arange(n)[part])
+        return seen[-1] % 10 > 0
+
+    for name in ("readout", "unpruned", "label_sets", "input_norms"):
+        monkeypatch.setattr(stages.pruned, name, lambda *_: source)
+    monkeypatch.setattr(stages.pruned, "load_network", lambda *_: (network, {}))
+    monkeypatch.setattr(stages.pruned, "right_answers", one_in_ten_wrong)
+    table = stages.pruned._pruning(run, 0, "ff", 0.4).table("pruning")
+    for _, part in table.groupby("method"):
+        assert torch.cat([seen[row] for row in part.index]).sort().values.tolist() == list(range(n))
+        assert np.average(part.loss, weights=part.images) == pytest.approx(0.1)
+        assert part.loss_se.to_numpy() == pytest.approx(0.3 / part.images.to_numpy() ** 0.5, rel=0.01)
+
+
+def test_the_short_retraining_is_that_of_the_settings(folders, monkeypatch):
+    changes, seen = {"epochs": 3, "token_share": 0.5, "retrain_epochs": 2, "retrain_lr": 0.02}, []
+    run = parameters.open_run("quick", CUT | changes)
+
+    def train(network, images, how, *arguments, **options):
+        seen.append((how.epochs, how.lr, how.warmup, how.token_share, len(images.x_test)))
+
+    monkeypatch.setattr(stages.pruned.training, "train", train)
+    monkeypatch.setattr(stages.pruned, "right_answers", lambda *_: None)
+    stages.pruned._retrained(run, None, run.images, 0, None)
+    assert seen == [(2, 0.02, 0, 1, 0)]
+
+
+def test_shuffled_labels_are_the_same_labels_of_other_images(folders, monkeypatch):
+    run, seen = parameters.open_run("quick", CUT), []
+    monkeypatch.setattr(readouts, "train_readouts", lambda network, places, x, y, *rest: seen.append((x, y)))
+    for shuffled in (False, True):
+        stages.trained_readouts(run, None, [], run.images, 0, shuffled=shuffled)
+    (x, y), (same, dealt) = seen
+    assert torch.equal(x, same) and torch.equal(dealt.bincount(), y.bincount())
+    assert (dealt == y).float().mean() < 0.03  # of 100 labels
+
+
+def test_the_groups_penalty_is_that_of_weights_on_unscaled_activations(folders, monkeypatch):
+    run, found = parameters.open_run("quick", CUT | {"penalties": [0.01]}), []
+
+    def stops(*arguments, penalty, **options):
+        found.append(penalty)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.nodes, "trained_readouts", stops)
+    with pytest.raises(KeyboardInterrupt):
+        stages.nodes._penalties(run, 0, "random")
+    for scale in (0.5, 20.0):  # a weight w on raw activations is scale * w on scaled ones
+        assert found[0]("1.block@code", scale) * (scale * 3) ** 2 == pytest.approx(1e-3 * 3**2)
+        assert found[0]("1.block@0.01", scale) == 0.01

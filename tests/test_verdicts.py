@@ -254,6 +254,18 @@ def test_pruning_rule(arguments, word):
     assert retrained["verdict"].startswith("not tested")
 
 
+def test_some_dilution_is_enough_for_c4():
+    """The cheapest of those that keep the rule; if none does, the cheapest of all."""
+    good = pruning_table(3, 0.004, 0.05)
+    deep = pruning_table(3, 0.3, 0.9, dilution=0.9).assign(threshold=0.5)
+    cheap = pruning_table(3, 0.001, 0.001, dilution=0.5).assign(threshold=0.2)  # costs less, beats nothing
+    row = verdicts.pruning(pd.concat([cheap, good, deep]), "cifar100")[0]
+    assert row["verdict"] == "supported" and "(dilution 0.60)" in row["statistic"] and row["effect"] == 0.004
+    none = pd.concat([deep, pruning_table(3, 0.02, 0.05), deep.assign(threshold=0.6)])
+    row = verdicts.pruning(none, "cifar100")[0]
+    assert row["verdict"] == "not supported" and row["effect"] == 0.02
+
+
 def test_the_classifier_does_not_decide_c4():
     table = pd.concat([pruning_table(3, 0.2, 0.3), pruning_table(3, 0.0, 0.3).assign(layers="classifier")])
     rows = verdicts.pruning(table, "cifar100")
@@ -522,3 +534,20 @@ def test_numbers_say_what_effects_were_made_from():
     assert float(rank["numbers"]) == pytest.approx(rank["effect"] + 0.8, abs=1e-3)
     only_size, predicted = map(float, error["numbers"].split(" - "))
     assert predicted == 0.01 and only_size - predicted == pytest.approx(error["effect"], abs=1e-3)
+
+
+def test_the_interval_of_accuracy_is_that_of_paired_images():
+    """McNemar's: images that both encoders answer alike say nothing; of one seed half the interval is shown."""
+    images, gained, lost = 2000, 60, 36
+    first = torch.arange(images) < 800
+    last = first.clone()
+    last[:lost], last[-gained:] = False, True
+    right = {("trained", 1): first, ("trained", 2): last, ("random", 1): first, ("random", 2): first}
+    correct = {(0, kind, f"{encoder}.block"): answers for (kind, encoder), answers in right.items()}
+    nodes = pd.DataFrame({"seed": 0, "network": ["trained", "random"], "tap": "block"})
+    effects, (ends,), *_ = verdicts._growth(nodes, correct, L, "accuracy", "block")
+    gain = (gained - lost) / images
+    error = ((gained + lost) / images - gain**2) ** 0.5 / images**0.5
+    assert effects == [pytest.approx(gain)] and ends[1] - gain == pytest.approx(1.96 * error, rel=0.1)
+    row = verdicts.verdict("C3", "cifar100", "", effects, [ends], "", True)
+    assert row["uncertainty"] == pytest.approx((ends[1] - ends[0]) / 2, abs=1e-6)
