@@ -245,6 +245,18 @@ def test_convergence_of_readouts(run):
     assert (snr[7] - snr[1]).loc[RANDOM].max() < 0.05  # "flat"
 
 
+def test_training_with_mixed_images(run):
+    """A training curve that is committed without its network."""
+    curve = pd.read_csv(run.figures / "benchmarks" / "mixed-42-epochs.csv").set_index("epoch")
+    shown = curve.loc[[6, 12, 18, 24, 30, 36, 42]]
+    states("Recipes", "| training loss | " + " | ".join(f"{x:.2f}" for x in shown.loss), page="docs/speed.md")
+    cells = " | ".join(f"{100 * x:.1f}" for x in shown.test_accuracy)
+    states("Recipes", f"| test accuracy (%) | {cells} |", page="docs/speed.md")
+    assert curve.test_accuracy.dropna().gt(0.7).idxmax() == 36 and curve.lr[36] < curve.lr.max() / 6
+    for page in ("README.md", "docs/speed.md"):
+        assert f"{100 * curve.test_accuracy[42]:.1f} %" in (runs.root() / page).read_text(encoding="utf-8")
+
+
 def test_pruned_readouts(run):
     table = stages.pruned_readouts(run).query("tap == 'block' and threshold == 0.3")
     means = table.groupby("method")[["dilution", "whole", "accuracy"]].mean() * 100
