@@ -462,7 +462,7 @@ def _macroscopic(run: Run, seed: int) -> Artefact:
             row = {"seed": seed, "encoder": place.encoder, "factor": factor}
             part = pd.DataFrame({**row, "size": torch.tensor(sizes).repeat_interleave(SUBSETS)})
             part["draw"] = list(range(SUBSETS)) * len(sizes)
-            part["predicted"], part["measured"] = predicted.cpu(), measured[place.name]
+            part["predicted"], part["measured"] = predicted.numpy(force=True), measured[place.name].numpy(force=True)
             part = part[(part["size"] < nodes) | (part.draw == 0)]  # there is one set of all nodes
             only_size = part.groupby("size").measured.mean() if only_size is None else only_size
             rows.append(part.assign(only_size=part["size"].map(only_size)))
