@@ -18,13 +18,13 @@ CHUNK = 8
 
 
 @cache
-def _transforms(size: int, num_labels: int):
+def _transforms(size: int, classes: int):
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), antialias=True)
     operations = [v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)] * 2
     pixels = v2.Compose([crop, v2.RandomHorizontalFlip(), *operations])
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_labels), v2.CutMix(alpha=1.0, num_classes=num_labels)])
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
     return pixels, v2.RandomErasing(p=0.25, value="random"), mix
 
 

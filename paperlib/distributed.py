@@ -1,7 +1,7 @@
 """Training on several devices or machines: PyTorch's DistributedDataParallel (see notebooks/train_distributed.py).
 
 Every rank walks the same random batches and takes its share of each, so the result is that of one process with the
-same batch size, up to the order of sums; up to chance with dropout, stochastic depth, token_share or mixed or published
+same batch size, up to the order of sums; up to chance with dropout, stochastic depth, token_share, mixed or published
 augmentation, whose random numbers differ by rank; and not for a CNN, whose batch norm sees a rank's share only.
 """
 

@@ -1,4 +1,4 @@
-"""The published recipe's augmentation: shapes, soft labels, chunks, repeatability."""
+"""Augmentation, published, mixed and light: shapes, soft labels, chunks, repeatability."""
 
 import pytest
 import torch
