@@ -10,4 +10,7 @@ cd "$(pwd -P)"
 
 extras=notebooks
 . ./environment.sh
-exec "$python" notebooks/walk.py "$@"
+if [ "${1:-}" = --list ]; then
+    exec "$python" -m paperlib list
+fi
+exec "$python" -m paperlib run "$@"

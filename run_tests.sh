@@ -3,7 +3,7 @@
 #
 #   ./run_tests.sh [pytest options]     for example -x, -k heads or -m "not slow"
 #
-# Runs and figures go to a temporary folder: the committed figures stay as they are.
+# What they compute goes to a temporary folder.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 cd "$(pwd -P)"
@@ -14,5 +14,5 @@ extras=notebooks,tests
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-export PAPERLIB_RUNS=$folder/runs PAPERLIB_FIGURES=$folder/figures PAPERLIB_HEADLESS=1
+export PAPERLIB_RUNS=$folder PAPERLIB_HEADLESS=1
 "$python" -m pytest --nbval-lax --nbval-current-env tests notebooks "$@"

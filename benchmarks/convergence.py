@@ -10,33 +10,31 @@ figures/<profile>/benchmarks/convergence-<l2>.csv.
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from paperlib import runs, training
+from paperlib import experiment, taps, training
+from paperlib.experiment import settings
+from paperlib.experiment.networks import ARCHITECTURE
+from paperlib.experiment.nodes import READOUT
+from paperlib.experiment.store import Run
+from paperlib.files import save_table
 
-sys.path.insert(0, str(runs.root() / "notebooks"))
-import parameters
-import stages
-from stages.networks import ARCHITECTURE
-from stages.nodes import READOUT
 
-
-def convergence(run: runs.Run, kind: str, lengths: list[int]) -> pd.DataFrame:
+def convergence(run: Run, kind: str, lengths: list[int]) -> pd.DataFrame:
     """Stage for the first seed: encoder, epochs -> accuracy (0..1), snr."""
     seed = run.settings.seeds[0]
-    network, inputs = stages.load_network(run, seed, kind)
+    network, inputs = experiment.networks.load_network(run, seed, kind)
 
     def make(folder: Path) -> None:
-        images, places = run.images.to(training.best_device()), stages.places_first_middle_last(network, ["block"])
-        weights = stages.trained_readouts(run, network, places, images, seed, folder, lengths=lengths)
+        images, places = run.images.to(training.best_device()), taps.places_first_middle_last(network, ["block"])
+        weights = experiment.nodes.trained_readouts(run, network, places, images, seed, folder, lengths=lengths)
         twins = [replace(tap, kind=f"{tap.kind}@{length}") for tap in places for length in lengths]
-        found = stages.accuracy_and_snr(run, network, twins, weights, images)
+        found = experiment.nodes.accuracy_and_snr(run, network, twins, weights, images)
         found["epochs"] = found.tap.str.partition("@")[2].astype(int)
-        runs.save_table(folder / "convergence.csv", found[["encoder", "epochs", "accuracy", "snr"]])
+        save_table(folder / "convergence.csv", found[["encoder", "epochs", "accuracy", "snr"]])
 
     config = run.config(*ARCHITECTURE, *READOUT, "threshold") | {"seed": seed, "kind": kind, "lengths": lengths}
     table = run.stage(f"convergence-{kind}-seed{seed}", 1, config, inputs, make).table("convergence")
@@ -45,8 +43,8 @@ def convergence(run: runs.Run, kind: str, lengths: list[int]) -> pd.DataFrame:
 
 def spread_of_seeds(profile: str) -> pd.DataFrame:
     """(network, encoder) -> accuracy, snr: largest less smallest of the committed seeds."""
-    run = parameters.open_committed(profile)
-    table, _ = stages.snr(run)
+    run = settings.open_committed(profile)
+    table, _ = experiment.nodes.snr(run)
     table = table[(table.threshold == run.settings.threshold) & ~table.centred & (table.tap == "block")]
     by_place = table.groupby(["network", "encoder"])[["accuracy", "snr"]]
     return by_place.max() - by_place.min()
@@ -54,19 +52,19 @@ def spread_of_seeds(profile: str) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="cifar100-cpu", choices=parameters.profiles())
+    parser.add_argument("--profile", default="cifar100-cpu", choices=settings.profiles())
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--l2", type=float, help="penalty of the readouts (default: the profile's)")
     parser.add_argument("--limit", type=int, help="images, for a trial that is printed only (default: all)")
     options = parser.parse_args()
     changes = {"limit": options.limit, "readout_l2": options.l2}
-    run = parameters.open_run(options.profile, {name: value for name, value in changes.items() if value is not None})
+    run = settings.open_run(options.profile, {name: value for name, value in changes.items() if value is not None})
     spread = spread_of_seeds(options.profile).add_prefix("spread of ")
-    found = {kind: convergence(run, kind, sorted(set(options.epochs))) for kind in stages.NETWORKS}
+    found = {kind: convergence(run, kind, sorted(set(options.epochs))) for kind in experiment.networks.NETWORKS}
     if not options.limit:
-        path = run.figures / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
+        path = run.output / "benchmarks" / f"convergence-{run.settings.readout_l2:g}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.save_table(path, pd.concat(found, names=["network"]).reset_index())
+        save_table(path, pd.concat(found, names=["network"]).reset_index())
     for kind, table in found.items():
         table = table.join(table.groupby("encoder").diff().add_suffix(" moved")).join(spread.loc[kind])
         print(f"\n{kind} network\n{table.round(4).to_string()}\n", flush=True)

@@ -17,7 +17,8 @@ import time
 
 import torch
 
-from paperlib import data, models, readouts, runs, snp, taps, training
+from paperlib import data, models, readouts, snp, taps, training
+from paperlib.paths import folder_of
 
 
 def timed(work):
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2, help="nodes that the loop is timed on")
     parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
-    images = data.limit(data.load("cifar100", runs.folder_of("data")), options.images)
+    images = data.limit(data.load("cifar100", folder_of("data")), options.images)
     x, y, labels = images.x_test, images.y_test, len(images.classes)
     mean, std = images.statistics
     with training.seeded(0, "weights"):

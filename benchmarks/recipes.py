@@ -7,23 +7,25 @@ appended to the table, as soon as a candidate is done.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from paperlib import data, models, runs, training
+from paperlib import data, models, training
+from paperlib.experiment.settings import load_settings
+from paperlib.paths import folder_of
 
-sys.path.insert(0, str(runs.root() / "notebooks"))
-from parameters import load_settings
-
-# name -> what it changes in the recipe; each adds one change to one above it
-ADAMW = {"optimizer": "adamw", "token_share": 1.0, "lr": 1e-3}
-MUON = ADAMW | {"optimizer": "muon"}
-HALF = MUON | {"token_share": 0.5}
-CANDIDATES = {"adamw": ADAMW, "muon": MUON, "muon-half-tokens": HALF, "muon-half-tokens-lr-2e-3": HALF | {"lr": 2e-3}}
+# name -> what it changes in the first recipe
+CANDIDATES = {
+    "lr-1e-3": {},
+    "lr-2e-3": {"lr": 2e-3},
+    "weight-decay-0.1": {"weight_decay": 0.1},
+    "lr-2e-3-weight-decay-0.1": {"lr": 2e-3, "weight_decay": 0.1},
+    "all-tokens": {"token_share": 1.0},
+}
+BASE = {"optimizer": "adamw", "augmentation": "mixed", "token_share": 0.5, "lr": 1e-3}
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     settings = load_settings("cifar100-cpu")
-    images = data.load("cifar100", runs.folder_of("data"))
+    images = data.load("cifar100", folder_of("data"))
     kept, held = data.held_out(images.y_train, 0.1)
     x, y = images.x_train, images.y_train
     images = replace(images, x_train=x[kept], y_train=y[kept], x_test=x[held], y_test=y[held])
@@ -42,7 +44,7 @@ def main() -> None:
     show(f"| candidate | {accuracy} | training loss | CPU minutes |", options.table)
     show("|---|---|---|---|", options.table)
     for name in options.only:
-        recipe = training.Recipe(**fields | {"epochs": options.epochs} | CANDIDATES[name])
+        recipe = training.Recipe(**fields | {"epochs": options.epochs} | BASE | CANDIDATES[name])
         with training.seeded(0, "weights"):
             network = models.build(settings.model, 100, 32, attention_dropout=0.0, stochastic_depth=0.0)
             network = network.to(memory_format=torch.channels_last)

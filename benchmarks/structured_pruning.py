@@ -10,19 +10,15 @@ nodes of each encoder, those with the smallest norms of all their weights, and m
 
 import argparse
 import copy
-import sys
 import time
 import warnings
 
 import torch
 import torch_pruning
 
-from paperlib import andc, runs, training
+from paperlib import andc, experiment, training
 from paperlib.data import normalise
-
-sys.path.insert(0, str(runs.root() / "notebooks"))
-import parameters
-import stages
+from paperlib.experiment import settings
 
 
 def fewest_norms(network, counts: dict[str, int], example: torch.Tensor):
@@ -55,11 +51,11 @@ def main() -> None:
     parser.add_argument("profile", nargs="?", default="quick")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
-    run = parameters.open_run(options.profile, parameters.changes_of(options.set))
+    run = settings.open_run(options.profile, settings.changes_of(options.set))
     seed, images = run.settings.seeds[0], run.images
-    network, _ = stages.load_network(run, seed, "trained")
+    network, _ = experiment.networks.load_network(run, seed, "trained")
     network = network.cpu()
-    found, pairs = stages.label_sets(run, seed).arrays("sets"), andc.connections(network, "ff")
+    found, pairs = experiment.pruning.label_sets(run, seed).arrays("sets"), andc.connections(network, "ff")
     batch = normalise(images.x_test[:128], *images.statistics)
     print("| threshold | method | ff1 nodes removed | parameters | multiply-adds | test accuracy | ms per batch |")
     print("|---|---|---|---|---|---|---|")
@@ -67,13 +63,13 @@ def main() -> None:
     def show(threshold, method, removed, pruned):
         accuracy = training.accuracy(pruned, images)
         size = sum(p.numel() for p in pruned.parameters())
-        macs = stages.multiply_adds(pruned, images.x_test[:1])
+        macs = andc.multiply_adds(pruned, images.x_test[:1])
         cells = [threshold, method, removed, f"{size:,}", f"{macs:,}", f"{accuracy:.2%}"]
         print(f"| {' | '.join(str(cell) for cell in cells)} | {latency(pruned, batch):.0f} |", flush=True)
 
     show("", "unpruned", 0, network)
     for threshold in run.settings.prune_thresholds:
-        masks = andc.andc_masks(stages.sets_at(threshold, found, pairs), pairs)
+        masks = andc.andc_masks(andc.sets_at(threshold, found, pairs), pairs)
         nodes = andc.removable(masks)
         counts = {path: int(gone.sum()) for path, gone in nodes.items()}
         show(threshold, "ANDC", sum(counts.values()),

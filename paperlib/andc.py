@@ -4,13 +4,20 @@ A connection from node k to node j stays iff the two nodes share a label that bo
 the group's code for filters; the abstract names the technique and says that it does not hurt accuracy).
 """
 
+import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from paperlib.snp import boolean_matrices, diagonal_labels
 from paperlib.taps import Tap, activations, recording
+
+MASKS = ["andc", "random", "permuted"]  # ANDC and the controls that C4 demands
 
 
 def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:
@@ -154,3 +161,67 @@ def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
         whole = mask.view(*mask.shape, *[1] * (module.weight.ndim - 2)).expand_as(module.weight)
         prune.custom_from_mask(module, "weight", whole.to(module.weight.device))
     return network
+
+
+def sets_at(threshold: float, found: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Of the arrays of `label_sets` those of one threshold and of the taps that connections lead from or to."""
+    ends = {end for pair in pairs.values() for end in pair} - {"labels"}
+    return {tap: found[f"{threshold:g}/{tap}"] for tap in sorted(ends)}
+
+
+def recognised_labels(fields: dict[str, Tensor], thresholds: list[float]) -> dict[str, Tensor]:
+    """Field matrices, tap -> (D, L, L), to the labels that nodes recognise: threshold/tap -> (D, L) bool."""
+    return {
+        f"{at:g}/{tap}": diagonal_labels(boolean_matrices(part, at)).clone()
+        for tap, part in fields.items()
+        for at in thresholds
+    }
+
+
+def accuracy_loss(prefix: str, intact: Tensor, pruned: Tensor | None) -> dict[str, float]:
+    """Accuracy, its loss and the loss's standard error over images; nan for a network that was not made."""
+    if pruned is None:
+        pruned = torch.full_like(intact, math.nan, dtype=torch.float)
+    drop = intact.float() - pruned.float()
+    return {
+        f"{prefix}accuracy": pruned.float().mean().item(),
+        f"{prefix}loss": drop.mean().item(),
+        f"{prefix}loss_se": (drop.std() / len(drop) ** 0.5).item(),
+    }
+
+
+def same_sign_masks(masks: dict[str, Tensor], network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random masks that keep as many kernels with a negative sum, and as many others, as the given ones."""
+    drawn = {}
+    for name, mask in masks.items():
+        negative = (network.get_submodule(name).weight.flatten(2).sum(dim=2) < 0).to(mask.device)
+        drawn[name] = torch.zeros_like(mask)
+        for part in (negative, ~negative):
+            drawn[name][part] = random_masks({name: mask[part]}, generator)[name]
+    return drawn
+
+
+@torch.no_grad()
+def keep_means(pruned: nn.Module, network: nn.Module, names: Iterable[str], x: Tensor) -> None:
+    """Change the biases of the named layers of a pruned network, in place and one layer after the other, so that their
+    means over these normalised images and all positions are those of the unpruned network."""
+    places = [Tap(0, name, name, pooled=True) for name in names]
+    with recording(network, places) as before:
+        network(x)
+
+    def mend(name: str, module: nn.Module, _, output: Tensor) -> Tensor:
+        shift = before[f"0.{name}"].mean(dim=(0, 1)) - output.mean(dim=(0, 1))
+        module.bias += shift
+        return output + shift
+
+    hooks = [pruned.get_submodule(name).register_forward_hook(partial(mend, name)) for name in names]
+    pruned(x)
+    for hook in hooks:
+        hook.remove()
+
+
+def multiply_adds(network: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of the network for one image, attention products included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        network(image.float())
+    return counter.get_total_flops() // 2

@@ -1,4 +1,4 @@
-"""Training on several devices or machines: PyTorch's DistributedDataParallel (see notebooks/train_distributed.py).
+"""Training on several devices or machines: PyTorch's DistributedDataParallel (torchrun -m paperlib train).
 
 Every rank walks the same random batches and takes its share of each, so the result is that of one process with the
 same batch size, up to the order of sums; up to chance with dropout, stochastic depth, token_share, mixed or published

@@ -59,7 +59,7 @@ def examples(images: Images, labels: int = 20) -> Figure:
 
 @plt.rc_context(STYLE)
 def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
-    """Loss and test accuracy against epochs, one line a seed (`stages.learning_curves`)."""
+    """Loss and test accuracy against epochs, one line a seed (`experiment.networks.learning_curves`)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
     for seed, curve in curves.groupby("seed"):
         left.plot(curve.epoch, curve.loss, "o-", ms=3, label=f"seed {seed}")
@@ -75,7 +75,7 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
 @plt.rc_context(STYLE)
 def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list[str]) -> Figure:
     """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds; dashed: random network,
-    dash-dotted: readouts of shuffled labels (first table of `stages.snr`)."""
+    dash-dotted: readouts of shuffled labels (first table of `experiment.nodes.snr`)."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3))
     raw = taps[(taps.threshold == threshold) & ~taps.centred]
     shown = sorted(shown, key=list(TAP_COLOURS).index)
@@ -97,7 +97,7 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list
 @plt.rc_context(STYLE)
 def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
     """CCT and CNN on one depth axis: accuracy, SNR, clusters, cluster size, noise, centred SNR, offset share; random
-    networks dashed (first table of `stages.both_halves`)."""
+    networks dashed (first table of `experiment.nodes.both_halves`)."""
     part = taps[(taps.threshold == threshold) & taps.network.isin(("trained", "random"))]
     keys = ["half", "network", "depth", "seed"]
     table = part[~part.centred].set_index(keys).assign(snr_centred=part[part.centred].set_index(keys).snr).sort_index()
@@ -135,7 +135,7 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
 @plt.rc_context(STYLE)
 def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
     """Measured accuracy of sets of nodes beyond encoder 1 against the prediction from single nodes, and against that of
-    as many nodes of encoder 1 (`stages.macroscopic_accuracies`)."""
+    as many nodes of encoder 1 (`experiment.nodes.macroscopic_accuracies`)."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharex=True, sharey=True)
     part = table[table.encoder > 1]
     for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
@@ -156,7 +156,7 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
 @plt.rc_context(STYLE)
 def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """How recognised labels, clusters and noise are spread over the nodes of one tap, encoder by encoder: the middle
-    50 and 95 % and the median, trained and random network (second table of `stages.snr`)."""
+    50 and 95 % and the median, trained and random network (second table of `experiment.nodes.snr`)."""
     figure, axes = plt.subplots(1, 3, figsize=(7, 2.8))
     part = nodes[nodes.tap == tap].assign(noise=nodes.internal + nodes.external)
     for axis, column in zip(axes, ("labels", "clusters", "noise"), strict=True):
@@ -175,7 +175,7 @@ def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Fi
 @plt.rc_context(STYLE)
 def penalties(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy and SNR of each tap at three encoders for several L2 penalties of the readouts; faint: half the epochs;
-    dashed: random network (`stages.penalties`)."""
+    dashed: random network (`experiment.nodes.penalties`)."""
     taps, values = list(table.tap.unique()), list(table.l2.astype(str).unique())
     colours = dict(zip(values, plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values))), strict=True))
     size = (max(4.5, 1.6 + 2.2 * len(taps)), 4)
@@ -256,7 +256,7 @@ def node_matrix(
 @plt.rc_context(STYLE)
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy against dilution and what was lost, ANDC and its controls, one column for each pruned part; bars:
-    deviation over seeds; open symbols: after the short retraining, where there was one (`stages.pruning`)."""
+    deviation over seeds; open symbols: after the short retraining, if any (`experiment.pruning.pruning`)."""
     parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     whens = (("", {"ls": "-"}, "unpruned"), ("retrained_", {"ls": "--", "mfc": "white"}, "unpruned, retrained"))
@@ -291,7 +291,7 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
 @plt.rc_context(PLAIN)
 def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: str) -> Figure:
     """How many nodes of each head recognise each label, labels ordered by owner and count; below, the same for nodes
-    dealt to the heads at random: any table so ordered has steps, their height tells (`stages.head_counts`)."""
+    dealt to the heads at random: any table so ordered has steps (`experiment.heads.head_counts`)."""
     heads = table["head"].nunique()
     colours = [*(COLOURS[head % len(COLOURS)] for head in range(heads)), "grey"]
     figure, axes = plt.subplots(2, 1, figsize=(11, 1.5 + 0.5 * heads))
@@ -313,7 +313,7 @@ def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: st
 @plt.rc_context(STYLE)
 def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     """Are owners experts? Margins of the owners; accuracy of the own head alone against the best other head; accuracy
-    lost on each owner's labels by each head's ablation. One encoder, all seeds (`stages.head_division`)."""
+    lost on each owner's labels by each head's ablation. One encoder, all seeds (`experiment.heads.head_division`)."""
     part = labels[(labels.encoder == encoder) & (labels.network == "trained")]
     counts = np.sort(part.pivot(index=["seed", "label"], columns="head", values="count").to_numpy(), axis=1)
     margins = (counts[:, -1] - (counts[:, -2] if counts.shape[1] > 1 else 0))[counts[:, -1] > 0]
@@ -367,7 +367,7 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
 @plt.rc_context(PLAIN)
 def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
     """Attention received by each token, image-shaped: own labels, other labels and their difference, for every head of
-    the encoders in the table (`stages.attention_maps`)."""
+    the encoders in the table (`experiment.heads.attention_maps`)."""
     shown = table.pivot_table(index=["encoder", "head", "token"], columns="labels", values="attention", dropna=False)
     shown = shown.reindex(columns=["own", "other"]).assign(difference=lambda t: t.own - t.other)
     groups = list(shown.groupby(level=[0, 1]))
@@ -391,7 +391,7 @@ def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
 @plt.rc_context(STYLE)
 def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     """Excess specialisation and the ablation gap with its null along the encoders (second table of
-    `stages.head_division`)."""
+    `experiment.heads.head_division`)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
     trained = encoders[encoders.network == "trained"]
     for kind, line, colour in (("trained", "o-", "#D55E00"), ("random", "x--", "grey")):

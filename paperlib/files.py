@@ -1,13 +1,21 @@
-"""Files that are there whole or not at all, and what cannot be read or written in one sentence."""
+"""Files that are there whole or not at all; what cannot be read or written is said in one sentence."""
 
+import hashlib
+import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
+import pandas as pd
 import torch
+from safetensors.torch import load_file, save
+
+ANEW = "restore it, or remove it, and it is made anew"
 
 
 @contextmanager
@@ -42,3 +50,70 @@ def reading(path: Path, way_out: str) -> Iterator[None]:
             raise
         reason = str(error).split(". ")[0].split("\n")[0].rstrip(":") or type(error).__name__
         raise ValueError(f"{path} cannot be used ({reason}): {way_out}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_text` wrote as JSON; ValueError if it is damaged."""
+    with reading(path, ANEW):
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+
+
+def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as JSON rows: nan becomes null."""
+    return json.loads(table.to_json(orient="records", double_precision=6))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8."""
+    with whole(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, without numbers that JSON does not know (ValueError)."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors."""
+    with whole(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What `save_tensors` wrote."""
+    with reading(path, ANEW):
+        return load_file(path)
+
+
+def save_arrays(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as compressed NumPy arrays, Boolean ones as bits."""
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    for name in [name for name, array in arrays.items() if array.dtype == bool]:
+        arrays |= {name: np.packbits(arrays[name]), f"{name}:shape": np.array(arrays[name].shape)}
+    with whole(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """What `save_arrays` wrote."""
+    with reading(path, ANEW), np.load(path, allow_pickle=False) as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file}
+    shapes = {key: arrays.pop(f"{key}:shape").tolist() for key in list(arrays) if f"{key}:shape" in arrays}
+    for key, shape in shapes.items():
+        bits = np.unpackbits(arrays[key].numpy(), count=math.prod(shape))
+        arrays[key] = torch.from_numpy(bits).bool().reshape(shape)
+    return arrays
+
+
+def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:
+    """Write a table as CSV."""
+    write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+
+
+def sha256(path: Path) -> str | None:
+    """Hash of a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from paperlib.models.cct import attention_map
+from paperlib.snp import class_means
 from paperlib.taps import Tap, recording
+
+OWN_ORDERS = 5  # orders in which the nodes of a head join its sets
+DEALINGS = 100  # ways to deal an encoder's nodes to heads at random
 
 
 def head_matrices(fields: Tensor, num_heads: int) -> Tensor:
@@ -173,3 +179,114 @@ def _by_head(values: Tensor, num_heads: int) -> Tensor:
     if num_heads < 1 or len(values) % num_heads:
         raise ValueError(f"{num_heads} heads do not divide {len(values)} nodes")
     return values.unflatten(0, (num_heads, -1))
+
+
+def groupings(nodes: int, num_heads: int, generator: torch.Generator) -> Tensor:
+    """Ways to split an encoder's nodes into heads, each head's nodes in a random order: (G, H, D/H), where the first
+    OWN_ORDERS are the network's own heads and the other DEALINGS are dealt at random."""
+    width = nodes // num_heads
+    within = torch.rand(OWN_ORDERS, num_heads, width, generator=generator).argsort(dim=2)
+    dealt = torch.rand(DEALINGS, nodes, generator=generator).argsort(dim=1).unflatten(1, (num_heads, width))
+    return torch.cat([within + width * torch.arange(num_heads)[:, None], dealt])
+
+
+def growing_sets(order: Tensor) -> Tensor:
+    """Sets of each head's first 1, 4, 16, ... nodes, of all its nodes, and last of all nodes of the encoder:
+    (G, H, D/H) -> (G, H, sizes, D), bool."""
+    width, nodes = order.shape[2], order.shape[1] * order.shape[2]
+    nobody = torch.zeros(*order.shape[:2], nodes, dtype=torch.bool)
+    sizes = sorted({*(4**power for power in range(6) if 4**power < width), width, nodes})
+    members = [nobody.scatter(2, order[..., :size], True) if size <= width else ~nobody for size in sizes]
+    return torch.stack(members, dim=2)
+
+
+def right_answers_per_label(fields: Tensor, labels: Tensor) -> Tensor:
+    """How many images of each label are answered rightly: fields (S, n, L), labels (n,) -> (S, L)."""
+    right = (fields.argmax(dim=2) == labels).to(fields)
+    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, right)
+
+
+def choices_per_label(fields: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+    """Share of a set's other own labels (S, L) bool that get a smaller field than an image's own label, added up over
+    the images of each label; ties count half, nan for sets with one label: fields (S, n, L), labels (n,) -> (S, L)."""
+    target = fields.gather(2, labels.expand(len(fields), -1)[:, :, None])
+    below = sum((part & own[:, None]).sum(dim=2) for part in (fields < target, fields <= target)) / 2 - 0.5
+    others = own.sum(dim=1, keepdim=True) - 1.0
+    share = below / others.where(others > 0, torch.nan)
+    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, share)
+
+
+def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, alone: Tensor) -> pd.DataFrame:
+    """The measured columns of `cooperation` for one encoder: sets (G, H, sizes, D) and own labels (G, H, L), bool;
+    shares of each label's images that sets answer rightly and choose right (G x H x sizes, L), and nodes alone (D, L).
+    """
+    right, choice = (part.unflatten(0, sets.shape[:3]) for part in (right, choice))
+    singles = 1 / own.shape[2] + sets.float() @ (alone - 1 / own.shape[2])
+    mine, owned = own[:, :, None], own.any(dim=1)[:, None]
+
+    def mean(values: Tensor, whose: Tensor) -> Tensor:  # over labels with an owner; these count alike
+        return values.where(whose, 0).sum(dim=1).where(owned, torch.nan).nanmean(dim=2).flatten()
+
+    found = {"own": mean(right, mine), "others": mean(right, ~mine) / max(1, own.shape[1] - 1)}
+    found |= {"singles": mean(singles, mine), "choice": mean(choice, mine)}
+    sizes = sets[:, 0].sum(dim=2)
+    draws = torch.arange(len(sets)).repeat_interleave(sizes.shape[1])
+    table = pd.DataFrame({"draw": draws, "size": sizes.flatten(), **found}).round(6)
+    table["nodes"] = ["head" if draw < OWN_ORDERS else "dealt" for draw in draws]
+    return table
+
+
+def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
+    """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of dealt nodes, with the
+    97.5 % quantile over dealings of such means, and others of both; last what all nodes together choose among the same
+    labels: how hard these are."""
+    whole = table[table.whole]
+    by_seed = whole.groupby(["nodes", "encoder", "seed"])[["own", "choice", "others"]]
+    mean = by_seed.mean().groupby(level=["nodes", "encoder"]).mean()
+    dealings = whole[whole.nodes == "dealt"].groupby(["encoder", "draw"])[["own", "choice"]].mean()
+    high = dealings.groupby(level="encoder").quantile(0.975)
+    columns = {"others": mean.loc["head"].others, "others_dealt": mean.loc["dealt"].others}
+    for name in ("own", "choice"):
+        columns |= {name: mean.loc["head"][name], f"{name}_dealt": mean.loc["dealt"][name], f"{name}_high": high[name]}
+    everyone = table[table["size"] == table["size"].max()].groupby(["nodes", "encoder"]).choice.mean()
+    return pd.DataFrame(columns | {"choice_all": everyone.loc["head"], "choice_all_dealt": everyone.loc["dealt"]})
+
+
+def matched_overlap(first: Tensor, second: Tensor, draws: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """How far two networks give the same labels to the same head, whatever the heads are called: owners (L,) of both ->
+    (share of labels that agree under the best matching of heads, the same for labels dealt at random (draws,)).
+
+    Labels that either network's nodes do not recognise (-1) are left out.
+    """
+    both = (first >= 0) & (second >= 0)
+    first, second = first[both], second[both]
+    count = int(torch.cat([first, second]).max()) + 1 if len(first) else 0
+
+    def agreement(other: Tensor) -> float:
+        table = torch.zeros(count, count).index_put_((first, other), torch.ones(len(first)), accumulate=True)
+        rows, columns = linear_sum_assignment(-table.numpy())
+        return float(table[rows, columns].sum() / max(1, len(first)))
+
+    dealt = [agreement(second[torch.randperm(len(second), generator=generator)]) for _ in range(draws)]
+    return agreement(second), torch.tensor(dealt)
+
+
+def owners_of(owned: pd.DataFrame, num_labels: int) -> Tensor:
+    """The head of each label's row (L,); -1 for labels without one."""
+    owner = torch.full((num_labels,), -1)
+    owner[torch.tensor(owned.label.to_numpy())] = torch.tensor(owned["head"].to_numpy())
+    return owner
+
+
+def map_difference(received: Tensor, y: Tensor, owner: Tensor) -> Tensor:
+    """Half the summed difference between a head's mean map over images of its own labels and over the others, 0 for
+    equal to 1 for disjoint maps: (n, H, T), labels (n,), owners (L,) -> (H,); nan for a head that owns none or all."""
+    own = owner[y][:, None] == torch.arange(received.shape[1])  # (n, H)
+    sums = torch.einsum("nh,nht->ht", own.to(received), received)
+    count = own.sum(dim=0)[:, None]
+    return (sums / count - (received.sum(dim=0) - sums) / (len(y) - count)).abs().sum(dim=1) / 2
+
+
+def mean_by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """Mean of each column over each label's images: (n, H), (n,) -> (L, H)."""
+    return class_means(values[:, None, :], labels, num_labels)[:, 0]

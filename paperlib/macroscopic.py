@@ -6,13 +6,17 @@ f one factor for the correlation between nodes. The predicted accuracy is the pr
 Shapes as in `snp`: L labels, T positions, D nodes.
 """
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from paperlib.data import BATCH, Images
 from paperlib.snp import means_of
+from paperlib.taps import Tap, activations
 
 
 def node_fields(activations: Tensor, weight: Tensor) -> Tensor:
@@ -29,10 +33,10 @@ def moments(
     labels = len(next(iter(weights.values())))
     counts = next(iter(weights.values())).new_zeros(labels, dtype=torch.float64)
     sums = {name: counts.new_zeros(2, weight.shape[2], labels, labels) for name, weight in weights.items()}
-    for activations, y in batches:
+    for batch, y in batches:
         counts += y.bincount(minlength=labels)
         for name, weight in weights.items():
-            fields = node_fields(activations[name], weight).double()
+            fields = node_fields(batch[name], weight).double()
             sums[name][0].index_add_(1, y, fields)
             sums[name][1].index_add_(1, y, fields.square())
     found = {}
@@ -80,3 +84,29 @@ def correlation_factor(mean: Tensor, variance: Tensor, shares: Tensor, accuracy:
         else:
             high = middle
     return 10**low
+
+
+def subset_accuracies(network, places, x: Tensor, y: Tensor, images: Images, weights: dict, subsets: dict) -> dict:
+    """Accuracy of some subsets of each tap's nodes (S, D) -> tap name -> (S,), in one pass."""
+    right: dict[str, list[Tensor]] = {place.name: [] for place in places}
+    for batch, labels in labelled_batches(network, places, x, y, images):
+        for name, parts in right.items():
+            parts.append(subset_answers(batch[name], weights[name], labels, subsets[name]))
+    return {name: torch.cat(parts, dim=1).float().mean(dim=1).cpu() for name, parts in right.items()}
+
+
+def predictions_by_size(subsets: pd.DataFrame) -> pd.DataFrame:
+    """How good the predictions of `macroscopic_accuracies` are beyond encoder 1, one row per number of nodes: mean
+    error of the prediction and of the size-only curve, and the median, over encoders and seeds, of the rank
+    correlation of predicted and measured among sets of one size, encoder and seed; nan for the set of all nodes."""
+    part = subsets[subsets.encoder > 1]
+    guesses = part[["predicted", "only_size"]]
+    errors = guesses.sub(part.measured, axis=0).abs().groupby(part["size"]).mean()
+    cells = part.groupby(["size", "encoder", "seed"])[["predicted", "measured"]]
+    ranks = cells.apply(lambda cell: cell.predicted.rank().corr(cell.measured.rank()) if len(cell) > 1 else math.nan)
+    return errors.add_prefix("error_").assign(rank_correlation=ranks.groupby("size").median()).round(3)
+
+
+def labelled_batches(network: nn.Module, places: list[Tap], x: Tensor, y: Tensor, images: Images):
+    """Activations of some taps and labels, batch by batch."""
+    return zip(activations(network, places, x, *images.statistics), y.split(BATCH), strict=True)

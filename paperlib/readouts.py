@@ -20,8 +20,9 @@ SAVE_SECONDS = 300  # between two checkpoints, which for many taps are gigabytes
 
 @dataclass(frozen=True)
 class ReadoutRecipe:
-    """How readouts are trained; every field has its unit in `parameters.Settings`. A tap's learning rate is lr over the
-    square root of its number of features, as the weights are, so that taps of any size learn alike."""
+    """How readouts are trained; shift is in pixels, l2 the penalty's factor, max_steps cuts an epoch. A tap's learning
+    rate is lr over the square root of its number of features, as the weights are, so that taps of any size learn alike.
+    """
 
     epochs: int
     batch_size: int

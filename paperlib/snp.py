@@ -214,3 +214,12 @@ def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
 
 def _quotient(a: float, b: float) -> float:
     return a / b if b else math.nan
+
+
+def chosen_nodes(nodes: NodeStatistics) -> dict[str, int]:
+    """A typical node (labels nearest to the median, among those with a cluster of two or more) and extreme ones."""
+    distance = (nodes.labels - nodes.labels.float().median()).abs() + 1e6 * (nodes.internal == 0)
+    largest = nodes.labels.float() / nodes.clusters.clamp(min=1)
+    chosen = {"typical": distance.argmin(), "fewest labels": nodes.labels.where(nodes.labels > 0, 10**6).argmin()}
+    chosen |= {"most labels": nodes.labels.argmax(), "largest clusters": largest.argmax()}
+    return {what: int(node) for what, node in chosen.items()}

@@ -126,3 +126,19 @@ def activations(
             network(normalise(batch, mean, std))
             yield dict(recorded)
             recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory
+
+
+def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[Tap]:
+    """Those taps of these kinds that lie in the first, middle and last encoder (a CNN's layer)."""
+    everywhere = places(network, kinds)
+    some = first_middle_last(max(tap.encoder for tap in everywhere))
+    return [tap for tap in everywhere if tap.encoder in some]
+
+
+def first_middle_last(encoders: int) -> list[int]:
+    """The encoders (from 1) that are looked at where all of them would be too many."""
+    return sorted({1, (encoders + 1) // 2, encoders})
+
+
+def encoder_of(tap: str) -> int:
+    return int(tap.split(".")[0])

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from paperlib import distributed, files
-from paperlib.augmentation import augment
 from paperlib.data import BATCH, Images, augmented_batches, normalise
+from paperlib.data.augmentation import augment
 from paperlib.muon import Muon
 
 CURVE_POINTS = 15  # a learning curve has at most so many test accuracies
@@ -29,7 +30,9 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained; every field has its unit in `parameters.Settings`."""
+    """How a network is trained. lr is the largest learning rate; warmup, label_smoothing and token_share are shares in
+    0..1; shift is in pixels; augmentation is light, mixed or published (`data.augmentation`); max_steps cuts an epoch.
+    """
 
     epochs: int
     batch_size: int
@@ -129,77 +132,109 @@ def train(
     does not fit, FloatingPointError with the step at which the loss stopped being finite (the last checkpoint stays).
     Under `paperlib.distributed` every rank takes its share of each batch; rank 0's checkpoint and precision count.
     """
-    rank, ranks = distributed.rank_and_ranks()
     device = data.x_train.device
-    mean, std = data.statistics
     if recipe.token_share < 1 and not hasattr(getattr(network, "classifier", None), "token_share"):
         raise ValueError("token_share: this network has no tokens, so it must be 1")
-    batches = -(-len(data.x_train) // recipe.batch_size)
-    steps_per_epoch = min(batches, recipe.max_steps or batches)
-    steps = recipe.epochs * steps_per_epoch
-    curve, saved = [], None
-    if checkpoint is not None and checkpoint.exists():
-        with files.reading(checkpoint, "delete it to train anew"):
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            if recipe.precision == "auto":  # as it began, whatever this machine is fast in
-                recipe = replace(recipe, precision=saved["recipe"]["precision"])
-    recipe = replace(recipe, precision="bf16" if in_bf16(recipe.precision, device) else "fp32")
-    recipe, saved = distributed.broadcast((recipe, saved))
-    parts, known = optimizers(network, recipe), {"recipe": asdict(recipe), "seed": seed}
+    recipe, saved = distributed.broadcast(_with_checkpoint(recipe, checkpoint, device))
+    parts = optimizers(network, recipe)
+    known: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed}
     if checkpoint is not None:  # else nothing has to wait for the device
-        known["pixels"] = [len(data.x_train), *(round(x, 4) for x in torch.cat((mean, std)).flatten().tolist())]
+        pixels = torch.cat(data.statistics).flatten().tolist()
+        known["pixels"] = [len(data.x_train), *(round(value, 4) for value in pixels)]
+    curve = []
     if saved is not None:
         with files.reading(checkpoint, "delete it to train anew"):
-            if any(saved[key] != value for key, value in known.items()):
-                raise ValueError("it was written by another recipe or seed, or with other images")
-            network.load_state_dict(saved["network"])
-            for part, state in zip(parts, saved["optimizers"], strict=True):
-                part.load_state_dict(state)
-            curve = saved["curve"]
+            curve = _resume(network, parts, saved, known)
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
     parallel = distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
         start = time.monotonic()
-        network.train()
-        losses = torch.zeros(steps_per_epoch, device=device)
-        random = generator(seed, "batches", epoch)
-        shift, flip = (0, False) if recipe.augmentation == "published" else (recipe.shift, recipe.flip)
-        stream = augmented_batches(data.x_train, data.y_train, recipe.batch_size, shift, flip, random, (rank, ranks))
-        with seeded(seed, "dropout", epoch, *range(rank)):  # rank 0 draws what a process of its own would
-            steps_in_epoch = zip(range(steps_per_epoch), stream, strict=False)
-            for step, (images, labels) in progress(steps_in_epoch, steps_per_epoch, f"epoch {epoch + 1}"):
-                lr = recipe.lr * schedule(epoch * steps_per_epoch + step, steps, recipe.warmup, recipe.decay)
-                if recipe.token_share < 1:  # all tokens in the last fifth, as in evaluation
-                    early = epoch * steps_per_epoch + step < 0.8 * steps
-                    network.classifier.token_share = recipe.token_share if early else 1.0
-                for group in itertools.chain.from_iterable(part.param_groups for part in parts):
-                    group["lr"] = lr
-                share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
-                images, labels = augment(recipe.augmentation, images, labels, mean, std, len(data.classes))
-                losses[step] = training_step(parallel, parts, images, labels, recipe, share)
-        distributed.all_reduce(losses).div_(ranks)
-        # A step's loss judges the weights before it; those after the last step are looked at themselves.
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
-            raise FloatingPointError(
-                f"training diverged at step {bad[0].item() + 1 if len(bad) else steps_per_epoch} of epoch {epoch + 1}: "
-                "lower lr, or look for odd images"
-            )
-        test, last = None, epoch + 1 == recipe.epochs
-        if len(data.x_test) and (last or (epoch + 1) % -(-recipe.epochs // CURVE_POINTS) == 0):
-            with autocast("fp32" if last else recipe.precision, device):
-                test = accuracy(network, data)
+        lr, losses = _train_epoch(network, parallel, parts, data, recipe, seed, epoch)
+        _check_finite(losses, network, epoch)
+        test = _curve_accuracy(network, data, recipe, epoch)
         row = {"epoch": epoch + 1, "lr": lr, "loss": losses.mean().item(), "test_accuracy": test}
         curve.append({**row, "seconds": round(time.monotonic() - start, 1)})
         scored = "" if test is None else f"  test accuracy {100 * test:.1f} %"
         log(f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}{scored}")
         if checkpoint is not None:
-            parts_state = [part.state_dict() for part in parts]
-            state = {**known, "curve": curve, "network": network.state_dict(), "optimizers": parts_state}
+            states = [part.state_dict() for part in parts]
             with files.whole(checkpoint) as file:
-                torch.save(state, file)
+                torch.save({**known, "curve": curve, "network": network.state_dict(), "optimizers": states}, file)
     network.eval()
     return curve
+
+
+def _with_checkpoint(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> tuple[Recipe, dict | None]:
+    """The recipe with its precision settled (a checkpoint's own, as the training began), and what was saved."""
+    saved = None
+    if checkpoint is not None and checkpoint.exists():
+        with files.reading(checkpoint, "delete it to train anew"):
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            if recipe.precision == "auto":  # as it began, whatever this machine is fast in
+                recipe = replace(recipe, precision=saved["recipe"]["precision"])
+    return replace(recipe, precision="bf16" if in_bf16(recipe.precision, device) else "fp32"), saved
+
+
+def _resume(network: nn.Module, parts: list[torch.optim.Optimizer], saved: dict, known: dict) -> list[dict]:
+    """Put a checkpoint's state into network and optimizers; returns its curve. ValueError if it is another's."""
+    if any(saved[key] != value for key, value in known.items()):
+        raise ValueError("it was written by another recipe or seed, or with other images")
+    network.load_state_dict(saved["network"])
+    for part, state in zip(parts, saved["optimizers"], strict=True):
+        part.load_state_dict(state)
+    return saved["curve"]
+
+
+def _steps_per_epoch(images: int, recipe: Recipe) -> int:
+    batches = -(-images // recipe.batch_size)
+    return min(batches, recipe.max_steps or batches)
+
+
+def _train_epoch(
+    network: nn.Module, parallel: nn.Module, parts: list, data: Images, recipe: Recipe, seed: int, epoch: int
+) -> tuple[float, Tensor]:
+    """One epoch's steps; returns the last learning rate and each step's loss, mean over ranks. `parallel` is the
+    network as ranks share it."""
+    network.train()
+    rank, ranks = distributed.rank_and_ranks()
+    per_epoch = _steps_per_epoch(len(data.x_train), recipe)
+    steps, lr, losses = recipe.epochs * per_epoch, 0.0, torch.zeros(per_epoch, device=data.x_train.device)
+    random = generator(seed, "batches", epoch)
+    shift, flip = (0, False) if recipe.augmentation == "published" else (recipe.shift, recipe.flip)
+    stream = augmented_batches(data.x_train, data.y_train, recipe.batch_size, shift, flip, random, (rank, ranks))
+    with seeded(seed, "dropout", epoch, *range(rank)):  # rank 0 draws what a process of its own would
+        batches = zip(range(per_epoch), stream, strict=False)
+        for step, (images, labels) in progress(batches, per_epoch, f"epoch {epoch + 1}"):
+            now = epoch * per_epoch + step
+            lr = recipe.lr * schedule(now, steps, recipe.warmup, recipe.decay)
+            for group in itertools.chain.from_iterable(part.param_groups for part in parts):
+                group["lr"] = lr
+            if recipe.token_share < 1:  # all tokens in the last fifth, as in evaluation
+                network.classifier.token_share = recipe.token_share if now < 0.8 * steps else 1.0
+            share = min(recipe.batch_size, len(data.x_train) - step * recipe.batch_size) / ranks
+            images, labels = augment(recipe.augmentation, images, labels, *data.statistics, len(data.classes))
+            losses[step] = training_step(parallel, parts, images, labels, recipe, share)
+    return lr, distributed.all_reduce(losses).div_(ranks)
+
+
+def _check_finite(losses: Tensor, network: nn.Module, epoch: int) -> None:
+    """Raise FloatingPointError if an epoch diverged. A step's loss judges the weights before it; those after the last
+    step are looked at themselves."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
+        step = bad[0].item() + 1 if len(bad) else len(losses)
+        raise FloatingPointError(
+            f"training diverged at step {step} of epoch {epoch + 1}: lower lr, or look for odd images"
+        )
+
+
+def _curve_accuracy(network: nn.Module, data: Images, recipe: Recipe, epoch: int) -> float | None:
+    """Test accuracy after an epoch that the curve shows, else None."""
+    last = epoch + 1 == recipe.epochs
+    if not len(data.x_test) or not (last or (epoch + 1) % -(-recipe.epochs // CURVE_POINTS) == 0):
+        return None
+    with autocast("fp32" if last else recipe.precision, data.x_train.device):
+        return accuracy(network, data)
 
 
 def training_step(

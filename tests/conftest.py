@@ -1,32 +1,36 @@
 """What several test files share."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare bits, which a GPU does not repeat; see test_devices.py
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
-from paperlib import runs
+from paperlib import paths
+from paperlib.experiment import settings
 from paperlib.models import cct
 
 # The same examples every time, and no time limit for one: machines differ, and the first call of an operation is slow.
-settings.register_profile("paperlib", derandomize=True, database=None, deadline=None, max_examples=60)
-settings.load_profile("paperlib")
+hypothesis.settings.register_profile("paperlib", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("paperlib")
 
 os.environ["PAPERLIB_HEADLESS"] = "1"
 
 
 @pytest.fixture
 def quick_figures(tmp_path):
-    """What a walk of `quick` leaves in figures/: its summary, and pictures and (short) tables of the same names."""
-    ignored = shutil.ignore_patterns("stages", "pages")
-    folder = shutil.copytree(runs.root() / "figures" / "cifar100-cpu", tmp_path / "quick", ignore=ignored)
-    shutil.copy(runs.root() / "figures" / "quick" / "summary.json", folder)
+    """What a run of `quick` might leave: pictures and (short) tables of every name, and a summary that names it."""
+    ignored = shutil.ignore_patterns("stages", "benchmarks")
+    folder = shutil.copytree(paths.root() / "figures" / "cifar100-cpu", tmp_path / "quick", ignore=ignored)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"profile": "quick", "config": settings.load_settings("quick").model_dump(), "seeds": [0]}
+    (folder / "summary.json").write_text(json.dumps(summary))
     for table in folder.glob("*.csv"):
         table.write_text("".join(table.read_text().splitlines(keepends=True)[:50]))
     return folder
@@ -34,8 +38,8 @@ def quick_figures(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Run, figure and data folders that only this test uses."""
-    for kind in ("RUNS", "FIGURES", "DATA"):
+    """Run and data folders that only this test uses."""
+    for kind in ("RUNS", "DATA"):
         monkeypatch.setenv(f"PAPERLIB_{kind}", str(tmp_path / kind.lower()))
     (tmp_path / "data").mkdir()
     return tmp_path

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from paperlib import augmentation
-from paperlib.augmentation import CHUNK, augment
+from paperlib.data import augmentation
+from paperlib.data.augmentation import CHUNK, augment
 from paperlib.training import seeded
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)

@@ -19,15 +19,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
-import parameters
+import papermill
 import pytest
 import torch
-import walk
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from paperlib import data, figures, files, models, runs, training
+from paperlib import data, figures, files, models, training
+from paperlib.cli import main
+from paperlib.data import sources
+from paperlib.experiment import store
+from paperlib.experiment.settings import load_settings
 from paperlib.models import reference
 
 SECONDS = 20  # far more than any case takes alone; a walk takes minutes
@@ -56,7 +59,7 @@ class Place:
 @pytest.fixture
 def place(folders, monkeypatch):
     """No notebook runs, nothing comes from a network, and a trace of a trap is an error."""
-    monkeypatch.setattr(walk.papermill, "execute_notebook", lambda *a, **k: pytest.fail("a notebook ran"))
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a notebook ran"))
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **keywords: url)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
     yield Place(folders, monkeypatch)
@@ -185,15 +188,16 @@ def read_only(place):
 
 def profile(place, content):
     """The words for a profile of our own."""
-    place.patch.setattr(parameters, "root", lambda: place / "project")
+    place.patch.setattr("paperlib.experiment.settings.root", lambda: place / "project")
     (place / "project" / "notebooks" / "profiles").mkdir(parents=True)
     (place / "project" / "notebooks" / "profiles" / "own.yaml").write_bytes(content)
+    (place / "project" / "notebooks" / "profiles" / "base.yaml").write_text("epochs: 1\n")
     return ["own"]
 
 
 def committed(place, content=None, weights=None, **changed):
     """A reference network for the profile quick in a folder of its own, untrained."""
-    settings = parameters.load_settings("quick")
+    settings = load_settings("quick")
     facts = {"model": settings.model, "num_classes": 100, "image_size": 24, "data_sha256": "0" * 64}
     facts |= {"cct_options": {"heads": 4, "positional_embedding": "learnable"}, "curve": []}
     facts |= {"recipe": {"epochs": settings.epochs}} | changed
@@ -227,7 +231,6 @@ ROWS = [
     ("infinite learning rate", ["lr=.inf"], r"'lr'.*finite number"),
     ("nan in a list", ["penalties=[.nan]"], r"'penalties.0'.*finite number"),
     ("negative penalty", ["penalties=[-1]"], r"'penalties.0'.*greater than or equal to 0"),
-    ("a time limit of ages", ["minutes=9999999999"], r"'minutes'.*less than or equal to"),
     ("unknown optimizer", ["optimizer=sgd"], r"'optimizer'.*'adamw' or 'muon', not 'sgd'"),
     ("unknown CNN", ["cnn=resnet18"], r"unknown model 'resnet18': use vgg_"),
     ("other heads that do not divide", ["many_heads=[4, 3]"], r"3 heads do not divide the width 128.*use a divisor"),
@@ -257,7 +260,7 @@ ROWS = [
     ("a pickle in a profile", lambda p: profile(p, b"lr: !!python/object/apply:os.getcwd []"), "own.yaml.*plain YAML"),
     ("a profile that is a list", lambda p: profile(p, b"- lr"), "own.yaml.*plain YAML"),
     ("a profile that is no text", lambda p: profile(p, b"lr: \xff\xfe"), "own.yaml.*plain YAML"),
-    ("a profile cut short", lambda p: profile(p, b"lr: 0.1"), "own.yaml gives no value for 'data'"),
+    ("a profile cut short", lambda p: profile(p, b"lr: 0.1"), "nor own.yaml gives a value for 'data'"),
     # folders of images
     ("no such folder", ["data=folder:nowhere"], r"nowhere has no train/ folder: lay it out as train/<label>/"),
     ("a file for a folder", ["data=folder:README.md"], r"README.md has no train/ folder"),
@@ -307,7 +310,6 @@ ROWS = [
     ("half a flower", flowers, "flowers-102.*truncated.*delete this folder"),
     # places
     ("runs below a file", lambda p: below_a_file(p, "RUNS"), "file/below.*cannot be made.*PAPERLIB_RUNS"),
-    ("figures below a file", lambda p: below_a_file(p, "FIGURES"), "file/below.*cannot be made.*PAPERLIB_FIGURES"),
     ("data below a file", lambda p: below_a_file(p, "DATA"), "CIFAR-100.*file/below.*PAPERLIB_DATA"),
     ("no permission to write", read_only, "locked/runs.*cannot be made.*PAPERLIB_RUNS"),
     # reference networks
@@ -329,7 +331,7 @@ def test_command_line(what, make, sentence, place, capsys):
     arguments = words if words == ["own"] else ["quick", "--set", *words]
     capsys.readouterr()
     start = time.monotonic()
-    assert walk.main(arguments) == 2
+    assert main(["run", *arguments]) == 2
     assert time.monotonic() - start < SECONDS
     shown = capsys.readouterr()
     one_sentence(shown.err, sentence)
@@ -337,8 +339,8 @@ def test_command_line(what, make, sentence, place, capsys):
 
 
 def test_a_walk_that_cannot_write_its_notebooks(folders, monkeypatch, capsys):
-    monkeypatch.setattr(walk.papermill, "execute_notebook", no_room)
-    assert walk.main(["quick", "--set", *draw(folders / "pictures")]) == 1
+    monkeypatch.setattr(papermill, "execute_notebook", no_room)
+    assert main(["run", "quick", "--set", *draw(folders / "pictures")]) == 1
     assert "01_train_cct.ipynb was not written ([Errno 28] No space left" in capsys.readouterr().out
 
 
@@ -378,16 +380,16 @@ def stage(place, name, content):
     """Read a finished stage in which a file was replaced, and its hash with it."""
     (place / "s").mkdir()
     (place / "s" / name).write_bytes(content)
-    artefact = runs.Artefact(place / "s", "", 0.0)
+    artefact = store.Stage(place / "s", {})
     return artefact.arrays("x") if name.endswith("npz") else artefact.tensors("x")
 
 
 def damaged_record(place, name):
     """Compute a stage and write the summary, damage a file of theirs, and do both again."""
     for _ in range(2):
-        run = runs.Run("quick", parameters.load_settings("quick"), toy(), place / "r", place / "f", log=lambda line: 0)
-        run.figures.mkdir(exist_ok=True)
-        run.stage("s", 1, {}, {}, lambda folder: runs.save_table(folder / "t.csv", [{"a": 1}]))
+        run = store.Run("quick", load_settings("quick"), toy(), place / "r", place / "f", log=lambda line: 0)
+        run.output.mkdir(exist_ok=True)
+        run.stage("s", {}, {}, lambda folder: files.save_table(folder / "t.csv", [{"a": 1}]))
         run.record("01", {}, [])
         next(place.path.rglob(name)).write_text('{"half":')
 
@@ -439,7 +441,7 @@ def test_library(what, act, sentence, place):
 
 
 def test_the_cnn_cannot_take_one_image_of_one_pixel():
-    """Why `parameters.check_batches` is there, and why it asks for it below 32 pixels only."""
+    """Why `settings.check_batches` is there, and why it asks for it below 32 pixels only."""
     with pytest.raises(ValueError, match="more than 1 value"):
         models.build("vgg_11x2", 5, 31).train()(torch.rand(1, 3, 31, 31))
     models.build("vgg_11x2", 5, 32).train()(torch.rand(1, 3, 32, 32))
@@ -464,10 +466,10 @@ def save_figure(folder):
 
 
 WRITERS = [
-    ("a text", "x.txt", lambda path: runs.write_text(path, "x")),
-    ("a table", "x.csv", lambda path: runs.save_table(path, [{"a": 1}])),
-    ("arrays", "x.npz", lambda path: runs.save_arrays(path, {"a": torch.rand(9)})),
-    ("tensors", "x.safetensors", lambda path: runs.save_tensors(path, {"a": torch.rand(9)})),
+    ("a text", "x.txt", lambda path: files.write_text(path, "x")),
+    ("a table", "x.csv", lambda path: files.save_table(path, [{"a": 1}])),
+    ("arrays", "x.npz", lambda path: files.save_arrays(path, {"a": torch.rand(9)})),
+    ("tensors", "x.safetensors", lambda path: files.save_tensors(path, {"a": torch.rand(9)})),
     ("a figure", "x.png", lambda path: save_figure(path.parent)),
     ("a checkpoint", "x.pt", train),
 ]
@@ -500,8 +502,8 @@ def test_two_writers_do_not_share_a_partial_file(tmp_path, monkeypatch):
 
 def test_tensors_are_as_readable_as_other_files(tmp_path):
     """A library that renames a file of its own over the partial one would leave it private, and not on the disk."""
-    runs.save_tensors(tmp_path / "x.safetensors", {"a": torch.rand(9)})
-    runs.write_text(tmp_path / "x.txt", "x")
+    files.save_tensors(tmp_path / "x.safetensors", {"a": torch.rand(9)})
+    files.write_text(tmp_path / "x.txt", "x")
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "x.txt").stat().st_mode
 
 
@@ -528,7 +530,7 @@ def test_few_labels_are_drawn_too(count, tmp_path):
 def test_a_cache_that_has_no_room_is_not_needed(folders, monkeypatch, capsys):
     parts = [np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)] * 2
     with full_disk(monkeypatch):
-        images = data._cached("toy", folders / "data" / "toy.npz", lambda: (*parts, ["a", "b"]))
+        images = sources._cached("toy", folders / "data" / "toy.npz", lambda: (*parts, ["a", "b"]))
     assert images.classes == ("a", "b") and list((folders / "data").iterdir()) == []
     assert "decoded again next time" in capsys.readouterr().out
 
@@ -541,7 +543,7 @@ def test_every_kind_of_pixel_is_read(mode):
     """A white image stays white. (Grey, 16-bit, palette and alpha, pixel by pixel: test_data.py)"""
     white = Image.new("RGB", (9, 9), "white")
     image = white.convert(mode) if not mode.startswith("I") else Image.new(mode, (9, 9), 65535)
-    assert (data._square(image, 8) >= 254).all()
+    assert (sources._square(image, 8) >= 254).all()
 
 
 NAMES = [
@@ -580,5 +582,5 @@ def test_hostile_names_pass_through_figures_and_tables(tmp_path):
             assert max(picture.size) < 6000
         with open(tmp_path / "f" / f"{name}.csv", newline="", encoding="utf-8") as file:
             assert [label for (label,) in csv.reader(file)] == ["label", *images.classes]
-    runs.write_text(tmp_path / "summary.json", json.dumps({"classes": images.classes}, ensure_ascii=False))
-    assert tuple(runs.read_json(tmp_path / "summary.json")["classes"]) == images.classes
+    files.write_text(tmp_path / "summary.json", json.dumps({"classes": images.classes}, ensure_ascii=False))
+    assert tuple(files.read_json(tmp_path / "summary.json")["classes"]) == images.classes

@@ -10,10 +10,10 @@ import time
 import urllib.request
 
 import pytest
-import report
 from playwright.sync_api import sync_playwright
 
-from paperlib import runs
+from paperlib import paths
+from paperlib.cli import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
@@ -47,7 +47,7 @@ def test_the_report_opens_quietly(browser, tmp_path, quick_figures):
     summary = json.loads((folder / "summary.json").read_text())
     summary["data"]["name"] = summary["verdicts"][0]["statistic"] = HOSTILE
     (folder / "summary.json").write_text(json.dumps(summary))
-    (tmp_path / "report.html").write_text(report.page("quick", folder))
+    (tmp_path / "report.html").write_text(report.page(folder))
     page, errors, requests = watched(browser)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.title() == "quick: what the heads agree on"
@@ -63,13 +63,13 @@ def test_the_report_opens_quietly(browser, tmp_path, quick_figures):
 
 @pytest.mark.slow
 def test_the_explorer_answers_in_jupyterlab(browser, tmp_path):
-    notebooks = shutil.copytree(runs.root() / "notebooks", tmp_path / "notebooks")
+    notebooks = shutil.copytree(paths.root() / "notebooks", tmp_path / "notebooks")
     notebook = json.loads((notebooks / "06_explorer.ipynb").read_text())
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
     (notebooks / "06_explorer.ipynb").write_text(json.dumps(notebook))
-    shutil.copy(runs.root() / "pyproject.toml", tmp_path)
+    shutil.copy(paths.root() / "pyproject.toml", tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

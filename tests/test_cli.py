@@ -5,14 +5,14 @@ import shutil
 import subprocess
 import sys
 
-import parameters
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from walk import main
 
-from paperlib import runs
+from paperlib import paths
+from paperlib.cli import main
+from paperlib.experiment.settings import Settings, _float_or_same, changes_of, load_settings, profiles
 
 MISTAKES = [
     (["qick"], "unknown profile 'qick' (did you mean 'quick'?)"),
@@ -42,13 +42,14 @@ MISTAKES = [
     (["quick", "--set", "seeds=[0"], "is not a value"),
     (["quick", "--only", "07"], "there is no notebook '07'"),
     (["quick", "--from", "x"], "there is no notebook"),
+    (["quick", "--only", ""], "there is no notebook"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
 def test_mistakes_are_named(arguments, sentence, folders, capsys, monkeypatch):
-    monkeypatch.setattr("walk.papermill.execute_notebook", lambda *a, **k: pytest.fail("it ran"))
-    assert main(arguments) == 2
+    monkeypatch.setattr("paperlib.cli.run.papermill.execute_notebook", lambda *a, **k: pytest.fail("it ran"))
+    assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
@@ -71,68 +72,68 @@ near = {  # values of the right type, so that many a configuration is taken
     "cnn": st.sampled_from(["vgg_11x16", "vgg_11x0", "vgg_12x8"]),
 }
 changed = st.sampled_from(sorted(near)).flatmap(lambda name: st.tuples(st.just(name), near[name]))
-changed |= st.tuples(st.sampled_from(sorted(parameters.Settings.model_fields)) | st.text(max_size=6), values)
+changed |= st.tuples(st.sampled_from(sorted(Settings.model_fields)) | st.text(max_size=6), values)
 
 
 @given(st.lists(changed, max_size=3).map(dict))
 def test_any_configuration_is_taken_as_it_is_or_refused_in_one_sentence(changes):
     try:
-        settings = parameters.load_settings("quick", changes)
+        settings = load_settings("quick", changes)
     except ValueError as error:
         assert changes and len(str(error).splitlines()) == 1
         return
-    profile = parameters.load_settings("quick").model_dump()
-    meant = {name: parameters._float_or_same(value) for name, value in changes.items()}
+    profile = load_settings("quick").model_dump()
+    meant = {name: _float_or_same(value) for name, value in changes.items()}
     texts = {name: value for name, value in changes.items() if isinstance(profile[name], str)}
     assert settings.model_dump() == profile | meant | texts
     # what a run records is what opens it again, and so is what the command line would be given
-    assert parameters.load_settings("quick", settings.model_dump()) == settings
+    assert load_settings("quick", settings.model_dump()) == settings
     words = [f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in changes.items()]
-    assert parameters.load_settings("quick", parameters.changes_of(words)) == settings
+    assert load_settings("quick", changes_of(words)) == settings
 
 
 def test_unknown_option_exits_with_2():
     with pytest.raises(SystemExit) as stop:
-        main(["--colour"])
+        main(["run", "--colour"])
     assert stop.value.code == 2
 
 
 def test_list_names_profiles_notebooks_and_parameters(capsys):
-    assert main(["--list"]) == 0
+    assert main(["list"]) == 0
     text = capsys.readouterr().out
-    for word in [*parameters.profiles(), "01_train_cct", "04_head_modus_vivendi", *parameters.Settings.model_fields]:
+    for word in [*profiles(), "01_train_cct", "04_head_modus_vivendi", *Settings.model_fields]:
         assert word in text
 
 
-@pytest.mark.parametrize("profile", parameters.profiles())
+@pytest.mark.parametrize("profile", profiles())
 def test_profiles_are_complete(profile):
-    assert isinstance(parameters.load_settings(profile), parameters.Settings)
+    assert isinstance(load_settings(profile), Settings)
 
 
 def test_numbers_without_a_dot_are_numbers():
-    assert parameters.load_settings("quick", {"lr": "1e-3"}).lr == 1e-3
+    assert load_settings("quick", {"lr": "1e-3"}).lr == 1e-3
 
 
 def test_a_failing_notebook_gives_exit_code_1_and_its_reason(folders):
     """For real, in a process of its own: a learning rate at which training diverges."""
-    arguments = [sys.executable, "notebooks/walk.py", "quick", "--only", "1"]
+    arguments = [sys.executable, "-m", "paperlib", "run", "quick", "--only", "1"]
     arguments += ["--set", "lr=1.0e+30", "epochs=1", "max_steps=3"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(runs.root())}
-    environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "FIGURES", "DATA")}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=runs.root(), timeout=300)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(paths.root())}
+    environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "DATA")}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=paths.root(), timeout=300)
     assert done.returncode == 1
     assert "01_train_cct failed" in done.stdout
     assert re.search("training diverged at step [1-3] of epoch 1: lower lr", done.stdout)
-    assert (folders / "runs" / "quick" / "01_train_cct.ipynb").exists()
+    assert any((folders / "runs" / "quick").glob("changed-*/01_train_cct.ipynb"))
 
 
 def test_wrong_data_are_named_before_a_notebook_runs(folders):
     """For real, in a process of its own: CIFAR-100 without the data and, through a dead proxy, without network."""
-    arguments = [sys.executable, "notebooks/walk.py", "cifar100-cpu", "--only", "1"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(runs.root())}
+    arguments = [sys.executable, "-m", "paperlib", "run", "cifar100-cpu", "--only", "1"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folders), "PYTHONPATH": str(paths.root())}
     environment |= {"https_proxy": "http://127.0.0.1:9"}
-    environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "FIGURES", "DATA")}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=runs.root(), timeout=300)
+    environment |= {f"PAPERLIB_{kind}": str(folders / kind.lower()) for kind in ("RUNS", "DATA")}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=paths.root(), timeout=300)
     assert done.returncode == 2
     assert "cifar100.npz" in done.stderr  # says what to put where
     assert not (folders / "runs").exists()
@@ -148,7 +149,7 @@ def test_wrong_data_are_named_before_a_notebook_runs(folders):
 def test_a_missing_or_cut_python_is_one_sentence(answer, said, tmp_path):
     """Every name that the scripts try is answered by a stub: too old, or without the means to make an environment."""
     for name in ("run_all.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(runs.root() / name, tmp_path)
+        shutil.copy(paths.root() / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15))):
         stub = tmp_path / "bin" / name

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from paperlib import data, glyphs
+from paperlib import data
+from paperlib.data import glyphs, sources
 
 
 def seeded(seed=0):
@@ -465,7 +466,20 @@ def test_unusable_arrays_are_refused(changed, tmp_path, refuses):
 
 def test_images_that_would_not_fit_into_memory_are_refused_before_they_are_read(tmp_path, monkeypatch, refuses):
     name = folder(tmp_path, two_labels())
-    monkeypatch.setattr(data.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 2}[key])
-    monkeypatch.setattr(data, "_square", lambda image, side: 1 / 0)
+    monkeypatch.setattr(sources.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 2}[key])
+    monkeypatch.setattr(sources, "_square", lambda image, side: 1 / 0)
     with refuses(r"6 images of 8 x 8 pixels need 0.0 GB .* this machine has 0.0 GB"):
         data.load(name, tmp_path, image_size=8)
+
+
+def test_held_out_images_are_kept_from_networks_and_from_normalisation():
+    x = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(30) % 3
+    whole = data.Images("toy", x, y, x, y, ("a", "b", "c"))
+    images = data.hold_out(whole, 0.2)
+    held = {bytes(image.numpy()) for image in x[images.held]}
+    assert images.y_train[images.held].bincount().tolist() == [2, 2, 2]
+    assert not held & {bytes(image.numpy()) for image in images.seen.x_train} and len(images.seen.x_train) == 24
+    assert torch.equal(images.statistics[0], data.channel_statistics(images.seen.x_train)[0])
+    assert images.sha256 == whole.sha256 and torch.equal(data.hold_out(whole, 0.2).held, images.held)
+    assert torch.equal(images.seen.seen.x_train, images.seen.x_train) and whole.seen is whole

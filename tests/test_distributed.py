@@ -5,16 +5,16 @@ import re
 import subprocess
 import sys
 
-import parameters
 import pytest
-import stages
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import train_distributed
 
-from paperlib import readouts, runs
+from paperlib import experiment, files, paths, readouts
+from paperlib.cli import main
 from paperlib.data import channel_statistics
+from paperlib.experiment import settings
+from paperlib.experiment.store import Stage
 from paperlib.models import cct
 from paperlib.taps import cct_taps
 
@@ -24,20 +24,24 @@ SETTINGS = {"limit": 200, "epochs": 2, "batch_size": 48, "precision": "fp32", "f
 def torchrun(folder):
     words = [f"{name}={str(value).lower()}" for name, value in SETTINGS.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["notebooks/train_distributed.py", "quick", "--set", *words]
+    launch += ["-m", "paperlib", "train", "quick", "--set", *words]
     environment = os.environ | {"PAPERLIB_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(launch, env=environment, cwd=runs.root(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(launch, env=environment, cwd=paths.root(), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_the_network_of_one(folders):
-    first, second = (torchrun(folders / "two") for _ in range(2))
+    alone = experiment.networks.train(settings.open_run("quick", SETTINGS), seed=0)
+    manifest = folders / "two" / "quick" / "stages" / "train-seed0" / alone.folder.name / "stage.json"
+    first = torchrun(folders / "two")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("epoch 2/2") == 1  # one rank speaks
-    assert second.returncode == 0 and "unchanged, not computed again" in second.stdout
-    alone = stages.train(parameters.open_run("quick", SETTINGS), seed=0)
-    folder = folders / "two" / "quick" / "stages" / "train-seed0" / alone.folder.name
-    together = runs.Artefact(folder, "", 0.0)
+    written = manifest.stat().st_mtime_ns
+    second = torchrun(folders / "two")
+    assert second.returncode == 0, second.stderr
+    assert "epoch" not in second.stdout and "computed" not in second.stdout  # what is there is not trained again
+    assert manifest.stat().st_mtime_ns == written and len(list(manifest.parents[1].glob("*/stage.json"))) == 1
+    together = Stage(manifest.parent, files.read_json(manifest))
     for name, weights in alone.tensors("weights").items():
         if name.endswith("attention_pool.bias"):
             continue  # a softmax does not see it: its gradient is rounding alone, which Adam scales up
@@ -50,13 +54,13 @@ def test_two_ranks_train_the_network_of_one(folders):
 def test_what_stops_one_rank_ends_the_others(folders):
     (folders / "file").write_text("not a folder")
     done = torchrun(folders / "file")
-    assert done.returncode == 1 and re.search("^train_distributed: .* cannot be made", done.stderr, flags=re.M)
+    assert done.returncode == 1 and re.search("^paperlib train: .* cannot be made", done.stderr, flags=re.M)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_distributed.main(["quick"]) == 2
+    assert main(["train", "quick"]) == 2
     assert "at most" in capsys.readouterr().err
 
 

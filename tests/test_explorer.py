@@ -1,14 +1,12 @@
 """The explorer: right pictures for the chosen node and head, with all fields or with the committed ones."""
 
-import explorer
 import numpy as np
-import parameters
 import pytest
-import stages
 import torch
 from PIL import Image as Picture
 
-from paperlib import snp, taps
+from paperlib import experiment, explorer, snp, taps
+from paperlib.experiment import settings
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "limit": 300, "permutations": 20, "taps": ["attn", "block"]}
 
@@ -16,9 +14,8 @@ CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "limit": 300, "permutat
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for kind in ("RUNS", "FIGURES"):
-            patch.setenv(f"PAPERLIB_{kind}", str(tmp_path_factory.mktemp(kind)))
-        yield parameters.open_run("quick", CUT)
+        patch.setenv("PAPERLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield settings.open_run("quick", CUT)
 
 
 def pixels(png: bytes, tmp_path):
@@ -28,10 +25,10 @@ def pixels(png: bytes, tmp_path):
 
 @pytest.mark.slow
 def test_driving_images_are_those_with_the_largest_field(run):
-    drivers = stages.driving_images(run, 0).arrays("images")
-    network, _ = stages.load_network(run, 0, "trained")
+    drivers = experiment.nodes.driving_images(run, 0).arrays("images")
+    network, _ = experiment.networks.load_network(run, 0, "trained")
     tap = next(place for place in taps.cct_taps(network, ["block"]) if place.encoder == 2)
-    weight = stages.readout(run, 0, "trained").tensors("weights")[tap.name]
+    weight = experiment.nodes.readout(run, 0, "trained").tensors("weights")[tap.name]
     batches = taps.activations(network, [tap], run.images.x_test, *run.images.statistics)
     x = torch.cat([batch[tap.name] for batch in batches])
     field = torch.einsum("nt,lt->nl", x[:, :, 5], weight[:, :, 5]).amax(dim=1)
@@ -58,7 +55,7 @@ def test_widgets_follow_the_choice(run, tmp_path, monkeypatch):
         control.value = value
         assert picture.value != seen[-1] and text.value != before
         seen.append(picture.value)
-    fields = stages.readout(run, 0, "trained").tensors("fields_test")["1.attn"]
+    fields = experiment.nodes.readout(run, 0, "trained").tensors("fields_test")["1.attn"]
     own = snp.node_statistics(snp.boolean_matrices(fields[[node.value]], 0.6))
     assert f"Node {node.value}: {own.labels.item()} labels in {own.clusters.item()} clusters" in text.value
     controls, picture = explorer.heads(run).children
@@ -74,8 +71,8 @@ def test_widgets_follow_the_choice(run, tmp_path, monkeypatch):
 def test_without_large_files_the_examples_are_shown(run, monkeypatch):
     """As with committed results: fields of chosen nodes only."""
     everything = explorer.known_fields(run, 0)
-    stages.examples(run, 0, "attn"), stages.examples(run, 0, "block")
-    source = stages.readout(run, 0, "trained")
+    experiment.nodes.examples(run, 0, "attn"), experiment.nodes.examples(run, 0, "block")
+    source = experiment.nodes.readout(run, 0, "trained")
     (source.folder / "fields_test.safetensors").rename(source.folder / "away")
     some = explorer.known_fields(run, 0)
     (source.folder / "away").rename(source.folder / "fields_test.safetensors")

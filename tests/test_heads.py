@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from stages import division
 
 from paperlib import heads, snp
 
@@ -282,25 +281,25 @@ def test_experts_stand_out_of_dealt_owners_and_common_heads_do_not():
 def test_overlap_does_not_depend_on_what_heads_are_called():
     owners = torch.arange(60) % 4
     renamed = torch.tensor([2, 0, 3, 1])[owners]
-    overlap, chance = division.matched_overlap(owners, renamed, 50, seeded())
+    overlap, chance = heads.matched_overlap(owners, renamed, 50, seeded())
     assert overlap == 1.0 and 0.25 < chance.mean() < 0.5 and chance.max() < 0.6
     renamed[:30] = renamed[:30].roll(1)
-    assert division.matched_overlap(owners, renamed, 1, seeded())[0] == pytest.approx(0.5, abs=0.1)
+    assert heads.matched_overlap(owners, renamed, 1, seeded())[0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_overlap_of_unrelated_owners_is_chance():
     inside = 0
     for draw in range(40):
         first, second = torch.randint(0, 4, (2, 100), generator=seeded(draw))
-        overlap, chance = division.matched_overlap(first, second, 100, seeded(draw))
+        overlap, chance = heads.matched_overlap(first, second, 100, seeded(draw))
         inside += chance.quantile(0.025) <= overlap <= chance.quantile(0.975)
     assert inside >= 34
 
 
 def test_labels_that_nobody_recognises_do_not_overlap():
     first, second = torch.tensor([0, 1, -1, -1]), torch.tensor([1, 0, 0, -1])
-    assert division.matched_overlap(first, second, 3, seeded())[0] == 1.0
-    assert division.matched_overlap(torch.full((3,), -1), first[:3], 3, seeded())[0] == 0.0
+    assert heads.matched_overlap(first, second, 3, seeded())[0] == 1.0
+    assert heads.matched_overlap(torch.full((3,), -1), first[:3], 3, seeded())[0] == 0.0
 
 
 def test_attention_received_is_the_mean_over_queries(network):

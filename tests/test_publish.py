@@ -7,27 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-import colab
 import nbformat
-import publish
 import pytest
 import torch
 
-from paperlib import runs
+from paperlib import colab, paths
+from paperlib import notebooks as notebook_files
+from paperlib.cli import main, publish
 
-ROOT = runs.root()
+ROOT = paths.root()
 ADDRESS = "https://github.com/someone/companion"
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """The notebooks, the README and the citation in a folder of this test's own."""
+    """The notebooks, the page on usage and the citation in a folder of this test's own."""
     (tmp_path / "notebooks").mkdir()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         shutil.copy(path, tmp_path / "notebooks")
-    for name in ("README.md", "CITATION.cff"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/usage.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for module in (publish, notebook_files):
+        monkeypatch.setattr(module, "root", lambda: tmp_path)
     return tmp_path
 
 
@@ -35,10 +37,14 @@ def notebooks(folder):
     return {path.name: nbformat.read(path, as_version=4) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
 
 
+def publish_at(address):
+    return main(["publish", "--address", address])
+
+
 def test_badges_point_at_the_notebook_that_they_stand_in(copy):
     before = notebooks(copy)
-    assert publish.main([ADDRESS + "/"]) == 0
-    page, fetching = (copy / "README.md").read_text(), set()
+    assert publish_at(ADDRESS + "/") == 0
+    page, fetching = (copy / "docs" / "usage.md").read_text(), set()
     for name, notebook in notebooks(copy).items():
         nbformat.validate(notebook)
         place = f"someone/companion/blob/main/notebooks/{name}"
@@ -57,27 +63,27 @@ def test_badges_point_at_the_notebook_that_they_stand_in(copy):
 
 
 def test_another_address_replaces_the_first(copy):
-    publish.main([ADDRESS])
+    assert publish_at(ADDRESS) == 0
     once = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    publish.main(["https://github.com/other/place.git"])
+    assert publish_at("https://github.com/other/place.git") == 0
     assert not any("someone" in path.read_text() for path in once)
-    publish.main([ADDRESS])
+    assert publish_at(ADDRESS) == 0
     assert {path: path.read_bytes() for path in once} == once
 
 
 @pytest.mark.parametrize("address", ["github.com/a/b", "https://github.com/a", 'https://github.com/a/b"; import os'])
 def test_an_address_of_another_form_is_refused(address, copy, capsys):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    assert publish.main([address]) == 2
+    assert publish_at(address) == 2
     assert "https://github.com/OWNER/NAME" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_without_its_place_in_the_readme_nothing_is_written(copy, capsys):
-    (copy / "README.md").write_text("# a page of one's own")
+def test_without_its_place_on_the_page_nothing_is_written(copy, capsys):
+    (copy / "docs" / "usage.md").write_text("# a page of one's own")
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    assert publish.main([ADDRESS]) == 2
-    assert "README.md" in capsys.readouterr().err
+    assert publish_at(ADDRESS) == 2
+    assert "docs/usage.md: the lines" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -96,7 +102,7 @@ exec(sys.argv[2])  # whoever runs that cell twice loses nothing
 run.record("01_train_cct", {}, [])
 import paperlib
 print(os.path.abspath(paperlib.__file__))
-print(len(run.images.classes), os.getcwd(), run.figures)
+print(len(run.images.classes), os.getcwd(), run.output)
 """
 
 
@@ -104,7 +110,7 @@ print(len(run.images.classes), os.getcwd(), run.figures)
 def test_in_colab_a_notebook_fetches_the_project(tmp_path):
     """Colab's folder is empty but for its samples; the notebook alone was opened."""
     notebook = nbformat.read(ROOT / "notebooks" / "01_train_cct.ipynb", as_version=4)
-    cells = publish.published(notebook, "notebooks/01_train_cct.ipynb", ADDRESS).cells
+    cells = colab.published(notebook, "notebooks/01_train_cct.ipynb", ADDRESS).cells
     code = [cell.source.replace(ADDRESS, ROOT.as_uri()) for cell in cells if cell.cell_type == "code"][:3]
     inside = {name: value for name, value in os.environ.items() if not name.startswith("PAPERLIB_")}
     for _ in range(2):  # the second kernel finds the clone
@@ -114,7 +120,7 @@ def test_in_colab_a_notebook_fetches_the_project(tmp_path):
         here, opened = done.stdout.splitlines()[-2:]
         place = tmp_path / "companion"
         assert here == str(place / "paperlib" / "__init__.py")
-        assert opened == f"100 {place / 'notebooks'} {place / 'figures' / 'quick'}"
+        assert opened == f"100 {tmp_path} {place / 'runs' / 'quick' / 'walk'}"
         assert ("No GPU" in done.stdout) != torch.cuda.is_available()
 
 

@@ -2,26 +2,26 @@
 
 import json
 
-import parameters
 import pytest
-import references
-import stages
 import torch
-import walk
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from paperlib import models, runs
-from paperlib.models import reference
+from paperlib import experiment, files, models
+from paperlib.cli import main
+from paperlib.experiment import settings
+from paperlib.models import cards, reference
 
 CUT = {"max_steps": 2, "epochs": 1, "cnn_epochs": 1, "precision": "fp32"}
+ASSIGNED = [f"{name}={value}" for name, value in CUT.items()]
+COMMIT = ["train", "quick", "--commit", "--seed", "0", "--set"]
 
 
 @pytest.fixture
 def made(folders, monkeypatch):
     """The name of a CCT that was trained for two steps and stored in a folder of this test's own."""
     monkeypatch.setattr(reference, "FOLDER", folders / "references")
-    references.make("quick", 0, False, CUT)
+    assert main([*COMMIT, *ASSIGNED]) == 0
     return "glyphs100-24-cct_4_7x1-seed0"
 
 
@@ -31,7 +31,7 @@ def edited_card(name, **changes):
 
 
 def test_a_stored_network_is_the_trained_one_in_half_precision(made):
-    trained = stages.train(parameters.open_run("quick", CUT), 0).tensors("weights")
+    trained = experiment.networks.train(settings.open_run("quick", CUT), 0).tensors("weights")
     network = models.load_reference(made)
     assert models.references() == [made] and not network.training
     for key, value in network.state_dict().items():
@@ -51,43 +51,43 @@ def test_a_card_without_dropout_is_of_a_network_without(made):
     block = models.load_reference(made).classifier.blocks[-1]
     assert block.self_attn.attention_dropout == 0
     with pytest.raises(ValueError, match=r"attention_dropout=0\.0, not 0\.2"):
-        parameters.load_settings("quick", CUT | {"weights": "reference", "attention_dropout": 0.2})
+        settings.load_settings("quick", CUT | {"weights": "reference", "attention_dropout": 0.2})
 
 
 def test_a_card_tells_of_the_machine_that_trained(folders, monkeypatch):
     monkeypatch.setattr(reference, "FOLDER", folders / "references")
-    folder = stages.train(parameters.open_run("quick", CUT), 0).folder
+    folder = experiment.networks.train(settings.open_run("quick", CUT), 0).folder
     told = json.loads((folder / "stage.json").read_text())
     told["environment"] |= {"gpu": "a card far away"}
     (folder / "stage.json").write_text(json.dumps(told))
-    references.make("quick", 0, False, CUT)
+    assert main([*COMMIT, *ASSIGNED]) == 0
     assert reference.card("glyphs100-24-cct_4_7x1-seed0")["environment"]["gpu"] == "a card far away"
 
 
 def test_check_compares_accuracies_with_cards(made, capsys):
-    assert references.main(["check"]) == 0
+    assert main(["check", "networks"]) == 0
     assert made in capsys.readouterr().out
     edited_card(made, test_accuracy=reference.card(made)["test_accuracy"] + 0.01)
-    assert references.main(["check", made]) == 1
+    assert main(["check", "networks", made]) == 1
 
 
 def test_check_wants_the_data_of_the_card(made, capsys):
     """A network of other images is not scored, and those after it still are."""
-    references.make("quick", 0, True, CUT)
+    assert main([*COMMIT, *ASSIGNED, "--cnn"]) == 0
     edited_card(made, data_sha256="0" * 64)
     capsys.readouterr()
-    assert references.main(["check"]) == 1
+    assert main(["check", "networks"]) == 1
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert made in first and "not the data" in first and "vgg" in second and second.count("%") == 2
 
 
 def test_a_walk_starts_from_a_reference(made):
-    run = parameters.open_run("quick", CUT | {"weights": "reference"})
-    network, inputs = stages.load_network(run, 0, "trained")
+    run = settings.open_run("quick", CUT | {"weights": "reference"})
+    network, inputs = experiment.networks.load_network(run, 0, "trained")
     expected = models.load_reference(made).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
     assert inputs["network"] == reference.sha256(made)
-    assert runs.json_rows(stages.learning_curves(run)) == reference.card(made)["curve"]
+    assert files.json_rows(experiment.networks.learning_curves(run)) == reference.card(made)["curve"]
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,11 @@ def test_a_walk_starts_from_a_reference(made):
 )
 def test_other_settings_than_the_references_are_refused(made, changes, sentence, refuses):
     with refuses(sentence):
-        parameters.load_settings("quick", CUT | {"weights": "reference"} | changes)
+        settings.load_settings("quick", CUT | {"weights": "reference"} | changes)
 
 
 def test_a_missing_cnn_is_noticed_before_any_notebook_runs(made, capsys):
-    changes = [f"{name}={value}" for name, value in CUT.items()]
-    assert walk.main(["quick", "--only", "04,05", "--set", "weights=reference", *changes]) == 2
+    assert main(["run", "quick", "--only", "04,05", "--set", "weights=reference", *ASSIGNED]) == 2
     assert "vgg" in capsys.readouterr().err
 
 
@@ -115,42 +114,39 @@ def test_a_folder_of_images_makes_no_reference(folders, monkeypatch, tmp_path, c
             (tmp_path / part / label).mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (24, 24), (60 * number, 0, 0)).save(tmp_path / part / label / f"{number}.png")
-    arguments = ["make", "quick", "--seed", "0", "--set", f"data=folder:{tmp_path}", "batch_size=2"]
-    assert references.main(arguments) == 2
+    assert main([*COMMIT, f"data=folder:{tmp_path}", "batch_size=2"]) == 2
     assert "licence" in capsys.readouterr().err
 
 
 def test_the_cnn_is_stored_too(folders, monkeypatch):
     monkeypatch.setattr(reference, "FOLDER", folders / "references")
-    assert (
-        references.main(["make", "quick", "--seed", "3", "--cnn", "--set", *(f"{k}={v}" for k, v in CUT.items())]) == 0
-    )
+    assert main(["train", "quick", "--commit", "--seed", "3", "--cnn", "--set", *ASSIGNED]) == 0
     (name,) = models.references()
-    assert name == "glyphs100-24-vgg_11x16-seed3" and references.main(["check"]) == 0
+    assert name == "glyphs100-24-vgg_11x16-seed3" and main(["check", "networks"]) == 0
     assert "batch_size" in (reference.FOLDER / f"{name}.md").read_text()
 
 
 def test_a_network_that_is_there_is_not_written_over(made, capsys, monkeypatch):
     before = reference.path_of(made).read_bytes()
     changes = [f"{key}={value}" for key, value in (CUT | {"lr": 1e-2}).items()]
-    arguments = ["make", "quick", "--seed", "0", "--set", *changes]
+    arguments = [*COMMIT, *changes]
     with monkeypatch.context() as patch:
-        patch.delattr(stages, "train")  # refused before any work
-        assert references.main(arguments) == 2
+        patch.delattr(experiment.networks, "train")  # refused before any work
+        assert main(arguments) == 2
     assert "--replace" in capsys.readouterr().err and reference.path_of(made).read_bytes() == before
-    assert references.main([*arguments, "--replace"]) == 0
+    assert main([*arguments, "--replace"]) == 0
     assert reference.path_of(made).read_bytes() != before
 
 
 def test_a_reference_takes_all_images(folders, capsys):
-    assert references.main(["make", "quick", "--seed", "0", "--set", "limit=200"]) == 2
+    assert main([*COMMIT, "limit=200"]) == 2
     assert "limit" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(refuses, capsys):
     with refuses("no reference network 'cct'"):
         models.load_reference("cct")
-    assert references.main(["check", "cct"]) == 2 and "cct" in capsys.readouterr().err
+    assert main(["check", "networks", "cct"]) == 2 and "cct" in capsys.readouterr().err
 
 
 def test_committed_references_are_small_and_fit_their_cards():
@@ -164,4 +160,4 @@ def test_committed_references_are_small_and_fit_their_cards():
         assert abs(facts["test_accuracy"] - facts["curve"][-1]["test_accuracy"]) < 0.005
         images = torch.randn(2, 3, facts["image_size"], facts["image_size"])
         assert models.load_reference(name)(images).shape == (2, facts["num_classes"])
-        assert (reference.FOLDER / f"{name}.md").read_text() == references.page(name)
+        assert (reference.FOLDER / f"{name}.md").read_text() == cards.page(name)

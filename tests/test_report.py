@@ -3,13 +3,13 @@
 import json
 import re
 
-import report
+from paperlib.cli import main, report
 
 HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
 
 
 def test_the_report_has_every_figure_table_and_setting(quick_figures):
-    html = report.page("quick", quick_figures)
+    html = report.page(quick_figures)
     summary = json.loads((quick_figures / "summary.json").read_text())
     assert html.count("<figure") == len(list(quick_figures.glob("*.png"))) == html.count('download="') - 1
     for name in summary["config"]:
@@ -20,7 +20,7 @@ def test_the_report_has_every_figure_table_and_setting(quick_figures):
 
 
 def test_the_report_asks_for_nothing_from_outside(quick_figures):
-    html = report.page("quick", quick_figures)
+    html = report.page(quick_figures)
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#|https://)[^"']*""", html)
     assert not re.findall(r"""src=["']https?:""", html) and "<script" not in html
 
@@ -29,14 +29,14 @@ def test_hostile_names_are_text(quick_figures):
     summary = json.loads((quick_figures / "summary.json").read_text())
     summary["data"]["name"] = summary["verdicts"][0]["statistic"] = HOSTILE
     (quick_figures / "summary.json").write_text(json.dumps(summary))
-    html = report.page("quick", quick_figures)
+    html = report.page(quick_figures)
     assert "<script" not in html and '<img src="https' not in html and "&lt;script&gt;" in html
 
 
 def test_a_figure_without_a_caption_is_refused(quick_figures, refuses):
     (quick_figures / "new.png").write_bytes(b"")
     with refuses("no caption for the figure new"):
-        report.page("quick", quick_figures)
+        report.page(quick_figures)
 
 
 def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(quick_figures):
@@ -44,18 +44,18 @@ def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(quick_
     summary = json.loads((quick_figures / "summary.json").read_text())
     summary["results"] = {"01_train_cct": summary["results"]["01_train_cct"]}
     (quick_figures / "summary.json").write_text(json.dumps(summary))
-    assert re.findall(r'<figure id="(\w+)"', report.page("quick", quick_figures)) == ["learning_curve"]
+    assert re.findall(r'<figure id="(\w+)"', report.page(quick_figures)) == ["learning_curve"]
 
 
 def test_figures_of_the_first_seed_say_so(quick_figures):
     summary = json.loads((quick_figures / "summary.json").read_text())
     summary["seeds"] = [0, 1, 2]
     (quick_figures / "summary.json").write_text(json.dumps(summary))
-    html = report.page("quick", quick_figures)
+    html = report.page(quick_figures)
     assert html.count("n = 1 (first seed).") == len(report.FIRST_SEED)
     assert html.count("n = 3.") == html.count("<figure") - len(report.FIRST_SEED)
 
 
 def test_a_missing_run_is_one_sentence(folders, capsys):
-    assert report.main(["quick"]) == 2
+    assert main(["report", "quick"]) == 2
     assert "summary.json" in capsys.readouterr().err

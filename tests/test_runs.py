@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 
-import parameters
 import pytest
 import torch
 from PIL import Image
 
-from paperlib import runs
+from paperlib import files, paths, provenance
 from paperlib.data import Images
+from paperlib.experiment import settings, store
 
 
 @pytest.fixture
@@ -19,17 +19,17 @@ def run(folders):
     labels = torch.tensor([0, 0, 1, 1])
     data = Images("toy", images, labels, images, labels, ("a", "b"))
     said = []
-    run = runs.Run(
-        "quick", parameters.load_settings("quick"), data, folders / "run", folders / "figures", log=said.append
+    run = store.Run(
+        "quick", settings.load_settings("quick"), data, folders / "run", folders / "figures", log=said.append
     )
-    run.figures.mkdir()
+    run.output.mkdir()
     run.said = said  # what the log was told, for the tests below
     return run
 
 
 @pytest.fixture(autouse=True)
 def allow_notes(monkeypatch):
-    monkeypatch.setattr(runs.Run, "__setattr__", object.__setattr__)
+    monkeypatch.setattr(store.Run, "__setattr__", object.__setattr__)
 
 
 def fresh(run):
@@ -42,40 +42,36 @@ def fresh(run):
 def writer(calls):
     def make(folder):
         calls.append(folder)
-        runs.save_table(folder / "table.csv", [{"value": len(calls)}])
+        files.save_table(folder / "table.csv", [{"value": len(calls)}])
 
     return make
 
 
 def test_an_unchanged_stage_is_not_run_again(run):
     calls = []
-    first = run.stage("s", 1, {"epochs": 2}, {"data": "x"}, writer(calls))
-    again = fresh(run).stage("s", 1, {"epochs": 2}, {"data": "x"}, writer(calls))
+    first = run.stage("s", {"epochs": 2}, {"data": "x"}, writer(calls))
+    again = fresh(run).stage("s", {"epochs": 2}, {"data": "x"}, writer(calls))
     assert len(calls) == 1
     assert (again.folder, again.sha256) == (first.folder, first.sha256)
-    assert run.said == ["s: unchanged, not computed again"]
+    assert run.said == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stage_says_what_it_was_made_with(run, precision):
     """Stages of one walk may come from several machines, whose precisions differ."""
     run.settings = run.settings.model_copy(update={"precision": precision})
-    record = runs.read_json(run.stage("s", 1, {}, {}, writer([])).folder / "stage.json")
+    record = files.read_json(run.stage("s", {}, {}, writer([])).folder / "stage.json")
     assert torch.__version__.startswith(record["environment"]["torch"])
     assert record["environment"]["training_precision"] == precision
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [
-        ({"config": {"epochs": 3}}, "epochs changed (2 -> 3)"),
-        ({"inputs": {"data": "y"}}, "input data changed"),
-        ({"version": 2}, "the stage's version changed (1 -> 2)"),
-    ],
+    [({"config": {"epochs": 3}}, "epochs changed (2 -> 3)"), ({"inputs": {"data": "y"}}, "input data changed")],
 )
 def test_a_changed_stage_says_why_and_keeps_the_old_artefact(run, change, reason):
     calls = []
-    arguments = {"version": 1, "config": {"epochs": 2}, "inputs": {"data": "x"}}
+    arguments = {"config": {"epochs": 2}, "inputs": {"data": "x"}}
     old = run.stage("s", **arguments, make=writer(calls))
     new = fresh(run).stage("s", **{**arguments, **change}, make=writer(calls))
     assert len(calls) == 2
@@ -84,11 +80,28 @@ def test_a_changed_stage_says_why_and_keeps_the_old_artefact(run, change, reason
     assert old.table("table").value.item() == 1
 
 
+def test_a_table_changed_together_with_its_hash_is_noticed(run):
+    stage = run.stage("s", {}, {}, writer([]))
+    (stage.folder / "table.csv").write_text("value\n9\n")
+    manifest = stage.manifest | {"outputs": {"table.csv": files.sha256(stage.folder / "table.csv")}}
+    files.write_json(stage.folder / "stage.json", manifest)
+    with pytest.raises(ValueError, match="its hashes do not fit each other"):
+        fresh(run).stage("s", {}, {}, writer([]))
+
+
+@pytest.mark.parametrize("key", ["outputs", "sha256"])
+def test_a_manifest_without_a_key_is_named(run, key):
+    stage = run.stage("s", {}, {}, writer([]))
+    files.write_json(stage.folder / "stage.json", {k: v for k, v in stage.manifest.items() if k != key})
+    with pytest.raises(ValueError, match=r"stage\.json cannot be used"):
+        fresh(run).stage("s", {}, {}, writer([]))
+
+
 def test_files_changed_from_outside_are_noticed(run):
     calls = []
-    artefact = run.stage("s", 1, {}, {}, writer(calls))
+    artefact = run.stage("s", {}, {}, writer(calls))
     (artefact.folder / "table.csv").write_text("value\n9\n")
-    again = fresh(run).stage("s", 1, {}, {}, writer(calls))
+    again = fresh(run).stage("s", {}, {}, writer(calls))
     assert len(calls) == 2
     assert again.table("table").value.item() == 2
     assert "changed from outside" in run.said[0]
@@ -98,31 +111,31 @@ def test_files_changed_from_outside_are_noticed(run):
 def test_a_stage_says_how_much_memory_it_took(run):
     def hungry(folder):
         block = torch.ones(100_000_000)  # 0.4 GB
-        runs.save_table(folder / "table.csv", [{"value": block.sum().item()}])
+        files.save_table(folder / "table.csv", [{"value": block.sum().item()}])
 
-    small = run.stage("small", 1, {}, {}, writer([])).peak_gb
-    large = run.stage("large", 1, {}, {}, hungry).peak_gb
-    again = run.stage("small again", 1, {}, {}, writer([])).peak_gb
+    small = run.stage("small", {}, {}, writer([])).manifest["peak_gb"]
+    large = run.stage("large", {}, {}, hungry).manifest["peak_gb"]
+    again = run.stage("small again", {}, {}, writer([])).manifest["peak_gb"]
     assert 0.35 < large - small < 0.6 and again < small + 0.1
-    assert fresh(run).stage("large", 1, {}, {}, hungry).peak_gb == large == run.peak_gb["large"]
+    assert fresh(run).stage("large", {}, {}, hungry).manifest["peak_gb"] == large
 
 
 def test_an_interrupted_stage_is_not_taken_for_done(run):
     def breaks(folder):
         (folder / "checkpoint.pt").write_bytes(b"epoch 1")
         (folder / ".weights.safetensors.0123.part").write_bytes(b"of a process that was killed")
-        runs.save_table(folder / "table.csv", [{"value": 0}])
+        files.save_table(folder / "table.csv", [{"value": 0}])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.stage("s", 1, {}, {}, breaks)
+        run.stage("s", {}, {}, breaks)
     seen = []
 
     def resumes(folder):
         seen.extend(path.name for path in folder.glob("*.pt"))
-        runs.save_table(folder / "table.csv", [{"value": 1}])
+        files.save_table(folder / "table.csv", [{"value": 1}])
 
-    artefact = fresh(run).stage("s", 1, {}, {}, resumes)
+    artefact = fresh(run).stage("s", {}, {}, resumes)
     assert seen == ["checkpoint.pt"]
     assert "goes on where it was interrupted" in run.said[0]
     assert artefact.table("table").value.item() == 1
@@ -132,49 +145,49 @@ def test_an_interrupted_stage_is_not_taken_for_done(run):
 def test_a_checkpoint_stays_until_the_stage_counts_as_done(run, monkeypatch):
     def make(folder):
         (folder / "checkpoint.pt").write_bytes(b"all epochs")
-        runs.save_table(folder / "table.csv", [{"value": 1}])
+        files.save_table(folder / "table.csv", [{"value": 1}])
 
     def interrupted():
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "revision", interrupted)
-        run.stage("s", 1, {}, {}, make)
-    assert list(run.folder.rglob("checkpoint.pt"))
-    assert not list(fresh(run).stage("s", 1, {}, {}, make).folder.glob("*.pt"))
+        patch.setattr(provenance, "revision", interrupted)
+        run.stage("s", {}, {}, make)
+    assert list(run.stages.rglob("checkpoint.pt"))
+    assert not list(fresh(run).stage("s", {}, {}, make).folder.glob("*.pt"))
 
 
 def heavy(calls):
     def make(folder):
         calls.append(folder)
-        runs.save_table(folder / "table.csv", [{"value": 7}])
-        runs.save_tensors(folder / "weights.safetensors", {"w": torch.arange(3.0)})
+        files.save_table(folder / "table.csv", [{"value": 7}])
+        files.save_tensors(folder / "weights.safetensors", {"w": torch.arange(3.0)})
 
     return make
 
 
 def test_a_committed_stage_needs_its_large_files_only_where_they_are_read(run, tmp_path):
     calls = []
-    done = run.stage("s", 1, {}, {}, heavy(calls))
+    done = run.stage("s", {}, {}, heavy(calls))
     copy = tmp_path / "committed" / "s" / done.folder.name
     shutil.copytree(done.folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.rmtree(run.folder)
+    shutil.rmtree(run.stages)
     run.committed = tmp_path / "committed"
-    found = fresh(run).stage("s", 1, {}, {}, heavy(calls))
+    found = fresh(run).stage("s", {}, {}, heavy(calls))
     assert found.table("table").value.item() == 7 and len(calls) == 1
     assert (found.folder, found.sha256) == (copy, done.sha256)
     assert torch.equal(found.tensors("weights")["w"], torch.arange(3.0)) and len(calls) == 2
     assert found.tensors("weights") and len(calls) == 2  # made once
-    again = fresh(run).stage("s", 1, {}, {}, heavy(calls))
+    again = fresh(run).stage("s", {}, {}, heavy(calls))
     assert again.sha256 == done.sha256 and again.tensors("weights") and len(calls) == 2  # kept in the run's folder
     (copy / "table.csv").write_text("value\n8\n")
     with pytest.raises(ValueError, match="files do not fit"):
-        fresh(run).stage("s", 1, {}, {}, heavy(calls))
+        fresh(run).stage("s", {}, {}, heavy(calls))
 
 
 def test_arrays_come_back_as_they_were(run):
     tensors = {"a/b": torch.rand(5, 3, 3) > 0.5, "empty": torch.zeros(0, 4).bool(), "real": torch.randn(2, 2)}
-    artefact = run.stage("s", 1, {}, {}, lambda folder: runs.save_arrays(folder / "some.npz", tensors))
+    artefact = run.stage("s", {}, {}, lambda folder: files.save_arrays(folder / "some.npz", tensors))
     back = artefact.arrays("some")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items())
@@ -183,9 +196,9 @@ def test_arrays_come_back_as_they_were(run):
 def test_two_runs_on_one_stage_are_told_apart(run):
     def meddles(folder):
         with pytest.raises(RuntimeError, match="another run is working on"):
-            fresh(run).stage("s", 1, {}, {}, writer([]))
+            fresh(run).stage("s", {}, {}, writer([]))
 
-    run.stage("s", 1, {}, {}, meddles)
+    run.stage("s", {}, {}, meddles)
 
 
 def test_summary_gathers_notebooks_and_forgets_other_settings(run):
@@ -193,24 +206,24 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     run.record("02", {"b": 2}, [verdict])
     run.record("01", {"a": 1}, [])
     run.record("02", {"b": 3}, [{**verdict, "effect": 2.0}])
-    summary = json.loads((run.figures / "summary.json").read_text())
+    summary = json.loads((run.output / "summary.json").read_text())
     assert [*summary["results"].items()] == [("01", {"a": 1}), ("02", {"b": 3})]  # in order, whatever ran last
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
     assert " ".join(summary) == (
-        "profile config seeds environment device seconds peak_gb stages data revision results verdicts"
+        "profile config seeds environment device data revision results verdicts seconds peak_gb stages"
     )
     assert set(summary["data"]) == {"name", "sha256", "classes"}
-    other = parameters.load_settings("quick", {"epochs": run.settings.epochs + 1})
-    runs.Run("quick", other, run.images, run.folder, run.figures).record("03", {}, [])
-    assert list(json.loads((run.figures / "summary.json").read_text())["results"]) == ["03"]
+    other = settings.load_settings("quick", {"epochs": run.settings.epochs + 1})
+    store.Run("quick", other, run.images, run.stages, run.output).record("03", {}, [])
+    assert list(json.loads((run.output / "summary.json").read_text())["results"]) == ["03"]
 
 
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
-    runs.write_text(path, "old")
-    monkeypatch.setattr(runs.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    files.write_text(path, "old")
+    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        runs.write_text(path, "new")
+        files.write_text(path, "new")
     assert path.read_text() == "old"
 
 
@@ -223,9 +236,9 @@ def test_a_relative_folder_counts_from_the_project(folders, monkeypatch):
             place.mkdir(parents=True)
             for number in range(2):
                 Image.new("RGB", (8, 8), (number * 99, 0, 0)).save(place / f"{number}.png")
-    shutil.copytree(runs.root() / "notebooks", project / "notebooks")
+    shutil.copytree(paths.root() / "notebooks", project / "notebooks")
     (project / "pyproject.toml").touch()
     for where in (project, project / "notebooks"):
         monkeypatch.chdir(where)
-        run = parameters.open_run("quick", {"data": "folder:pictures", "image_size": 24})
+        run = settings.open_run("quick", {"data": "folder:pictures", "image_size": 24})
         assert run.images.classes == ("a", "b") and len(run.images.x_train) == 4

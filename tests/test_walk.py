@@ -1,15 +1,21 @@
 """Whole walks: the profiles that take hours, cut short but at their real shapes. (nbval runs the profile quick.)"""
 
 import json
-import signal
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
-import parameters
+import papermill
 import pytest
-import regenerate
-import remeasure
-import walk
-from walk import main
+
+from paperlib import paths
+from paperlib.cli import main
+from paperlib.cli.check import all_verdicts, differing_nodes
+from paperlib.cli.run import run_notebook
+from paperlib.experiment.settings import load_settings, open_run
 
 # Real image sizes and networks; few images, labels, steps and thresholds
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
@@ -29,23 +35,23 @@ FIGURES = {
 @pytest.mark.parametrize("profile", ["cifar100", "flowers102"])
 def test_gpu_profiles_train_and_measure_when_cut_short(profile, folders, write_cache):
     """What differs in them: image sizes, networks, the published recipe. What follows is the same for all profiles."""
-    settings = parameters.load_settings(profile)
+    settings = load_settings(profile)
     name, labels, size = CACHES[settings.data]
     write_cache(folders / "data" / name, labels, size, train=2, test=1)
-    assert main([profile, "--only", "01,03", "--set", *CUT, "taps=[attn, block]", "retrain_thresholds=[]"]) == 0
-    summary = json.loads((folders / "figures" / profile / "summary.json").read_text())
+    assert main(["run", profile, "--only", "01,03", "--set", *CUT, "taps=[attn, block]", "retrain_thresholds=[]"]) == 0
+    (output,) = (folders / "runs" / profile).glob("changed-*")
+    summary = json.loads((output / "summary.json").read_text())
     assert summary["results"].keys() == {"01_train_cct", "03_andc_pruning"}
 
 
 ENDS = {
     "__import__('os').kill(__import__('os').getpid(), 9)": "its kernel died",
-    "__import__('time').sleep(300)": "stopped after the profile's time limit",
     "1 / 0": "ZeroDivisionError: division by zero",
     "pass": "it ended without writing",
 }
 
 
-@pytest.mark.parametrize(("code", "sentence"), ENDS.items(), ids=["killed", "too long", "an error", "nothing written"])
+@pytest.mark.parametrize(("code", "sentence"), ENDS.items(), ids=["killed", "an error", "nothing written"])
 def test_how_a_notebook_may_end(code, sentence, tmp_path):
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
@@ -53,41 +59,69 @@ def test_how_a_notebook_may_end(code, sentence, tmp_path):
     notebook.cells = [nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
     nbformat.write(notebook, tmp_path / "01_short.ipynb")
     (tmp_path / "out").mkdir()
-    minutes = 0.1 if "sleep" in code else 5
-    said = walk._execute(tmp_path / "01_short.ipynb", tmp_path / "out", tmp_path, "quick", {}, minutes=minutes)
+    said = run_notebook(tmp_path / "01_short.ipynb", tmp_path / "out", "quick", {})
     assert said.startswith(sentence) and "\n" not in said
-    assert signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, None)
 
 
 def test_stopping_a_walk_by_hand_is_one_sentence(tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk.papermill, "execute_notebook", interrupted)
-    said = walk._execute(tmp_path / "01.ipynb", tmp_path, tmp_path, "quick", {}, minutes=1)
+    monkeypatch.setattr(papermill, "execute_notebook", interrupted)
+    said = run_notebook(tmp_path / "01.ipynb", tmp_path, "quick", {})
     assert said == "stopped by hand: the same command goes on from here"
 
 
 @pytest.mark.slow
 def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     profile = "cifar100-cpu"
-    settings = parameters.load_settings(profile)
+    settings = load_settings(profile)
     name, labels, size = CACHES[settings.data]
     write_cache(folders / "data" / name, labels, size, train=2, test=1)
-    assert main([profile, "--set", *CUT, "weights=trained"]) == 0
-    figures = folders / "figures" / profile
-    assert {path.name for path in figures.iterdir()} == {"summary.json"} | {
-        f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")
-    }
+    assert main(["run", profile, "--set", *CUT, "weights=trained"]) == 0
+    (figures,) = (folders / "runs" / profile).glob("changed-*")
+    named = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")}
+    left = {path.name for path in figures.iterdir() if path.suffix != ".ipynb"}
+    assert left == {"summary.json", "report.html"} | named
     summary = json.loads((figures / "summary.json").read_text())
     assert summary["config"]["max_steps"] == 2 and summary["data"]["name"] == settings.data
     assert {row["claim"] for row in summary["verdicts"]} == {"C1", "C2", "C3", "C4", "C5", "C6"}
     for row in summary["verdicts"]:
         assert row["verdict"].startswith("not tested") and row["data"] == settings.data and row["n"] == 1
-    stages = ["--stages", str(folders / "runs" / profile / "stages")]
-    assert regenerate.main([profile, *stages]) == 0
-    assert remeasure.main([profile, *stages]) == 0  # the same numbers
-    assert remeasure.main([profile, "--seed", "7", *stages]) == 2  # there are no results of it
-    assert (folders / "runs" / profile / "report.html").stat().st_size > 1e6
+    run = open_run(profile, summary["config"])
+    assert all_verdicts(run, summary["results"]) == summary["verdicts"] and not differing_nodes(run)
+    assert (figures / "report.html").stat().st_size > 1e6
     text = capsys.readouterr().out
     assert "05_cnn_counterpart" in text and str(figures) in text and "failed" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "papermill {notebook} {out} -p profile quick -y '{{settings: {{epochs: 1, max_steps: 2}}}}'",
+        "jupyter nbconvert --to notebook --execute {notebook} --output {out}",
+    ],
+    ids=["papermill", "nbconvert"],
+)
+def test_notebooks_run_by_plain_tools_from_the_projects_folder(command, folders):
+    """Their kernel finds the package and the profiles whatever the working directory."""
+    out = folders / "out.ipynb"
+    words = shlex.split(command.format(notebook="notebooks/01_train_cct.ipynb", out=out))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=paths.root(), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "image/png" in out.read_text() and list((folders / "runs" / "quick").rglob("learning_curve.png"))
+
+
+@pytest.mark.slow
+def test_a_run_touches_no_tracked_file(folders):
+    """The README's first two commands in this order: what the first leaves must not fail the second."""
+
+    def tracked():
+        done = subprocess.run(["git", "status", "--porcelain"], cwd=paths.root(), capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    before = tracked()
+    assert main(["run", "quick", "--only", "01,06", "--set", "epochs=1", "max_steps=2", "readout_epochs=1"]) == 0
+    assert tracked() == before

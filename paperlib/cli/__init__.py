@@ -1,0 +1,52 @@
+"""One entry for everything that is done from a shell: python -m paperlib COMMAND ... (./run_all.sh is `run`).
+
+A command is a module of this folder with `add_arguments(parser)` and `execute(options) -> exit code`. Wrong input, and
+whatever stops a command before its work is done, is one sentence and exit code 2.
+"""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "run the notebooks of a profile, from training to figures",
+    "list": "show profiles, notebooks and parameters",
+    "train": "train networks: of a profile, on several devices too, or one to be committed",
+    "check": "compare committed networks and results with what they say of themselves",
+    "publish": "put the results of a finished run where readers find them",
+    "report": "write one self-contained page about a finished run",
+}
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """Options of a command, its `execute` among them; ends the process with code 2 for what it does not know."""
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="python -m paperlib", description="The companion of Koresh et al. (2025).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, add_help=name == named)
+        if name == named:  # the others need not be imported
+            module = importlib.import_module(f"paperlib.cli.{name}")
+            command.description, command.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
+            command.set_defaults(execute=module.execute)
+            module.add_arguments(command)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Execute one command; returns the exit code: 0 done, 1 the work failed, 2 wrong input."""
+    options = parsed(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return options.execute(options)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"paperlib {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"paperlib {options.command}: stopped by hand: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """The option that replaces values of a profile, for every command that takes one."""
+    text = "replace values of the profile, e.g. --set epochs=3 'seeds=[0, 1, 2]'"
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)

@@ -1,0 +1,117 @@
+"""Run the notebooks of a profile headless, one after the other: train, measure, prune, look at the heads.
+
+Stages whose inputs have not changed are kept, so an interrupted run goes on where it stopped. Executed notebooks,
+figures, tables, summary.json and report.html go to a folder of runs/<profile>; tracked files are never touched.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from paperlib import notebooks
+from paperlib.cli import add_changes, report
+from paperlib.experiment import networks, settings
+from paperlib.files import read_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help="see `list` (default: quick)")
+    parser.add_argument("--from", dest="start", metavar="NN", help="start with this notebook, e.g. 02")
+    parser.add_argument("--only", metavar="NN,NN", help="run these notebooks only")
+    add_changes(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    changes = settings.changes_of(options.set)
+    chosen = _chosen(options.start, options.only)
+    run = settings.open_run(options.profile, changes)  # the data too, before a notebook starts
+    if any(path.stem.startswith("05") for path in chosen):
+        networks.cnn_half(run)
+    os.environ["PAPERLIB_HEADLESS"] = "1"
+    print(f"profile {options.profile}: {len(chosen)} notebooks; executed copies, figures and report in {run.output}")
+    times, failed = {}, None
+    for path in chosen:
+        print(f"\n{path.stem}", flush=True)
+        start = time.time()
+        failed = run_notebook(path, run.output, options.profile, changes)
+        times[path.stem] = time.time() - start
+        if failed:
+            break
+    print(_table(times, failed))
+    if failed:
+        return 1
+    summary = read_json(run.output / "summary.json")
+    print(_verdicts(summary), f"\nreport: {report.write(run.output)}")
+    return 0
+
+
+def _chosen(start: str | None, only: str | None) -> list[Path]:
+    """The notebooks to run, in order; raises ValueError for a number that no notebook has."""
+    by_number = {path.name[:2]: path for path in notebooks.notebook_files()}
+    named = [] if only is None else [number.strip() for number in only.split(",")]
+    for number in [*named, *([] if start is None else [start])]:
+        if number.zfill(2) not in by_number:
+            raise ValueError(f"there is no notebook {number!r}: use one of {', '.join(by_number)}")
+    wanted = [number.zfill(2) for number in named]
+    first = (start or "").zfill(2)
+    if wanted and max(wanted) < first:
+        raise ValueError(f"--from {start} leaves none of --only {only}: take one of the two")
+    return [path for number, path in by_number.items() if number >= first and (not wanted or number in wanted)]
+
+
+def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> str | None:
+    """Run one notebook into a folder; returns None, or one sentence that says what went wrong."""
+    summary = folder / "summary.json"
+    before = summary.stat().st_mtime_ns if summary.exists() else 0
+    try:
+        papermill.execute_notebook(
+            notebook,
+            folder / notebook.name,
+            parameters={"profile": profile, "settings": changes},
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            extra_arguments=["--log-level=40"],  # the kernel's own chatter: errors only
+        )
+    except PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue} (all of it: {folder / notebook.name})"
+    except DeadKernelError:
+        return "its kernel died, most likely for lack of memory"
+    except KeyboardInterrupt:
+        return "stopped by hand: the same command goes on from here"
+    except OSError as error:  # papermill could not write the executed copy
+        return f"{folder / notebook.name} was not written ({error}): make room for it, and start again"
+    except RuntimeError as error:  # what jupyter_client raises
+        return f"its kernel did not start ({str(error).splitlines()[0]})"
+    if not summary.exists() or summary.stat().st_mtime_ns == before:
+        return f"it ended without writing {summary}"
+    return None
+
+
+def _table(times: dict[str, float], failed: str | None) -> str:
+    """What happened, notebook by notebook."""
+    lines = ["", f"{'notebook':28}{'seconds':>8}  result"]
+    for number, (name, seconds) in enumerate(times.items(), start=1):
+        lines.append(f"{name:28}{seconds:8.0f}  {'failed' if failed and number == len(times) else 'done'}")
+    lines.append(f"{'together':28}{sum(times.values()):8.0f}")
+    if failed:
+        lines += ["", f"{list(times)[-1]} failed. {failed}"]
+    return "\n".join(lines)
+
+
+def _verdicts(summary: dict) -> str:
+    """The verdicts so far, as lines for a terminal."""
+    lines = ["", f"{'claim':6}{'effect':>10} {'±':>9}  verdict"]
+    for row in summary["verdicts"]:
+        numbers = "" if row["effect"] is None else f"{row['effect']:10.4f} {row['uncertainty']:9.4f}"
+        lines.append(f"{row['claim']:6}{numbers:20}  {row['verdict']}")
+        lines.append(f"{'':28}{row['statistic']}")
+    return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""Stages and what they leave: the only module that knows about the files of a run.
+
+A stage is a folder of tables and arrays, `<stages>/<name>/<key>`, with a manifest (`stage.json`) that is written last.
+The key is the hash of the stage's name, of the settings that decide it and of what it reads: what has not changed is
+not computed again, what has is computed beside the old one, never over it.
+
+A committed stage is the same folder with fewer files: its large ones (safetensors) are made again where they are read.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from paperlib import data, files, provenance, training
+
+MANIFEST = "stage.json"
+LARGE = ".safetensors"  # files that are not committed
+KEPT = (".csv", ".npz", LARGE)  # what a stage leaves; checkpoints and logs are its own business
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its folder, and what its manifest says."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    again: Callable[[], "Stage"] | None = None  # computes the whole of it, where large files are missing
+    fresh: bool = False  # computed by this process
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that it left, committed or not."""
+        return self.manifest["sha256"]
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / f"{name}.csv")
+
+    def arrays(self, name: str) -> dict[str, torch.Tensor]:
+        return files.load_arrays(self.folder / f"{name}.npz")
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Large arrays, computed again if they are missing."""
+        path = self.folder / f"{name}{LARGE}"
+        return files.load_tensors(path) if path.exists() or not self.again else self.again().tensors(name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment: its settings and images, and where its stages and figures are."""
+
+    profile: str
+    settings: BaseModel
+    images: data.Images
+    stages: Path  # where stages are computed
+    output: Path  # where figures, tables, summary.json and executed notebooks go
+    committed: Path | None = None  # stages that are taken before those of the run
+    known_sha256: str | None = None  # of images that are not at hand: then nothing is computed
+    log: Callable[[str], None] = print
+    prefix: str = ""  # of its stages' names, for a run within a run
+    finished: dict[Path, Stage] = field(default_factory=dict)  # stages of this process, by folder
+
+    @cached_property
+    def data_sha256(self) -> str:
+        return self.known_sha256 or self.images.sha256
+
+    def config(self, *names: str) -> dict[str, Any]:
+        """The named settings, as part of a stage's key."""
+        return {name: getattr(self.settings, name) for name in names}
+
+    def stage(self, name: str, config: dict[str, Any], inputs: dict[str, str], make: Callable[[Path], None]) -> Stage:
+        """Run `make(folder)` unless this very stage is done, and say why it runs.
+
+        inputs: name -> hash of what the stage reads. `make` writes files into its folder, which survives an
+        interruption (so that training resumes); the stage counts as done once its manifest stands there.
+        """
+        record = {"stage": self.prefix + name, "config": config, "inputs": inputs}
+        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.stages / record["stage"] / key
+        if folder not in self.finished:
+            self.finished[folder] = self._committed(record, key, make) or self._computed(folder, record, make)
+        return self.finished[folder]
+
+    def _committed(self, record: dict, key: str, make: Callable[[Path], None]) -> Stage | None:
+        folder = self.committed / record["stage"] / key if self.committed else None
+        if not folder or not (folder / MANIFEST).exists():
+            return None
+        manifest = files.read_json(folder / MANIFEST)
+        if changed_files(folder, manifest, without=LARGE):
+            raise ValueError(f"{folder}: files do not fit their {MANIFEST}: restore them, or remove the folder")
+
+        def again() -> Stage:
+            minutes = manifest["seconds"] / 60
+            self.log(f"{record['stage']}: its large files are not committed; making them took {minutes:.0f} minutes")
+            whole = self._computed(self.stages / record["stage"] / key, record, make)
+            if whole.sha256 != manifest["sha256"]:
+                self.log(f"{record['stage']}: not bit for bit the committed one (another kind of machine?)")
+            return whole
+
+        return Stage(folder, manifest, again)
+
+    def _computed(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
+        if self.known_sha256:
+            raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(f"another run is working on {folder.parent}: wait for it, or stop it") from None
+        try:
+            return self._found(folder, record) or self._made(folder, record, make)
+        finally:
+            lock.release()
+
+    def _found(self, folder: Path, record: dict) -> Stage | None:
+        """The stage in its folder if it is complete and nobody has changed its files."""
+        if not (folder / MANIFEST).exists():
+            self.log(f"{record['stage']}: {_reason(folder, record)}")
+            return None
+        manifest = files.read_json(folder / MANIFEST)
+        if changed_files(folder, manifest):
+            (folder / MANIFEST).unlink()
+            self.log(f"{record['stage']}: computed again, its files were changed from outside")
+            return None
+        return Stage(folder, manifest)
+
+    def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
+        start = time.monotonic()
+        provenance.peak_gb(forget=True)
+        make(folder)
+        outputs = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.suffix in KEPT}
+        manifest = {
+            **record,
+            "outputs": outputs,
+            "sha256": _sum(outputs),
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_gb": provenance.peak_gb(),
+            "revision": provenance.revision(),
+            "environment": provenance.environment(self.settings.precision),
+        }
+        files.write_json(folder / MANIFEST, manifest)
+        for leftover in (*folder.glob("*.pt"), *folder.glob(".*.part")):  # only now is nothing lost without them
+            leftover.unlink()
+        return Stage(folder, manifest, fresh=True)
+
+    def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
+        """Put a notebook's results and verdicts into summary.json, beside those of the others.
+
+        What other notebooks wrote stays if it was made with the same settings and data.
+        """
+        path = self.output / "summary.json"
+        config = self.settings.model_dump()
+        old = files.read_json(path) if path.exists() else {}
+        if old.get("config") != config or old.get("data", {}).get("sha256") != self.data_sha256:
+            old = {}
+        claims = {verdict["claim"] for verdict in verdicts}
+        kept = [verdict for verdict in old.get("verdicts", []) if verdict["claim"] not in claims]
+        manifests = {stage.manifest["stage"]: stage for stage in self.finished.values()}
+        summary = {
+            "profile": self.profile,
+            "config": config,
+            "seeds": self.settings.seeds,
+            "environment": provenance.environment(self.settings.precision),
+            "device": str(training.best_device()),
+            "data": {"name": self.images.name, "sha256": self.data_sha256, "classes": self.images.classes},
+            "revision": provenance.revision(),
+            "results": dict(sorted({**old.get("results", {}), notebook: results}.items())),
+            "verdicts": sorted(kept + verdicts, key=lambda verdict: verdict["claim"]),
+        }
+        for what in ("seconds", "peak_gb"):
+            summary[what] = old.get(what, {}) | {name: stage.manifest[what] for name, stage in manifests.items()}
+        summary["stages"] = old.get("stages", {}) | {name: stage.folder.name for name, stage in manifests.items()}
+        files.write_json(path, summary)
+
+
+def changed_files(folder: Path, manifest: dict[str, Any], without: str = "") -> list[str]:
+    """The files of a stage that are not as its manifest says, but for those that end in `without`. ValueError if the
+    manifest does not even fit itself."""
+    with files.reading(folder / MANIFEST, files.ANEW):
+        if _sum(manifest["outputs"]) != manifest["sha256"]:
+            raise ValueError("its hashes do not fit each other")
+    outputs = manifest["outputs"].items()
+    return [
+        name
+        for name, value in outputs
+        if not (without and name.endswith(without)) and files.sha256(folder / name) != value
+    ]
+
+
+def _sum(outputs: dict[str, str | None]) -> str:
+    return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(folder: Path, record: dict) -> str:
+    """Why a stage runs: what differs from its latest finished sibling."""
+    if any(folder.glob("*.pt")):
+        return "goes on where it was interrupted"
+    siblings = sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    if not siblings:
+        return "computed for the first time"
+    last = files.read_json(siblings[-1])
+    for part, word in (("config", ""), ("inputs", "input ")):
+        for name, value in record[part].items():
+            if last[part].get(name) != value:
+                change = "" if word else f" ({last[part].get(name)} -> {value})"
+                return f"computed again, {word}{name} changed{change}"
+    return "computed again"

@@ -1,0 +1,37 @@
+"""The numbered notebooks as files: which there are, and how outputs of an executed copy get into them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import nbformat
+
+from paperlib.paths import root
+
+
+def notebook_files() -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:
+    """The notebook with the outputs of an executed copy; ValueError if the copy is of something else."""
+    injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    cells = [cell for cell in executed.cells if cell not in injected]
+    if [cell.source for cell in cells] != [cell.source for cell in source.cells]:
+        raise ValueError("the executed copy has other cells: run the notebooks again")
+    if not all(f'profile = "{profile}"' in cell.source and "settings = {}" in cell.source for cell in injected):
+        raise ValueError("the executed copy had other parameters: run the notebooks without --set")
+    for cell, copy in zip(source.cells, cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs = copy.outputs
+    number(source.cells)
+    return source
+
+
+def number(cells: Iterable[nbformat.NotebookNode]) -> None:
+    """Count code cells and their results from 1, as one run from top to bottom does."""
+    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), start=1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output["execution_count"] = count
