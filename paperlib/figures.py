@@ -239,7 +239,7 @@ def node_matrix(
 ) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
     order = by_cluster(clusters, len(classes))
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), dpi=80)
     image = axes[0].imshow(_scaled(field, order), **FIELDS)
     figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8, extend="min")
     shown = min(max(sum(map(len, clusters)) + 5, 12), len(order))
