@@ -340,7 +340,7 @@ def test_heads_of_flowers(flowers):
     assert (whole.own < whole.own_dealt)[:6].all() and whole.own[7] < whole.own_high[
         7
     ]  # no better than dealt ones may be
-    assert abs(whole.choice[7] - whole.choice_dealt[7]) < 0.01  # among own labels no better than dealt nodes
+    assert abs(whole.choice[7] - whole.choice_dealt[7]) < 0.02  # among own labels hardly other than dealt nodes
 
 
 def test_pruning_of_flowers(flowers):

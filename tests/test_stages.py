@@ -39,7 +39,7 @@ def masks_of(run, layers="ff"):
 def test_no_test_image_decides_a_mask(run, tmp_path):
     """With noise for test images every mask stays what it was, although the readouts' test results change."""
     noise = torch.randint(0, 256, run.images.x_test.shape, dtype=torch.uint8)
-    other = replace(run, images=replace(run.images, x_test=noise), folder=tmp_path / "other", finished={})
+    other = replace(run, images=replace(run.images, x_test=noise), stages=tmp_path / "other", finished={})
     before, after = (masks_of(which) | masks_of(which, "classifier") for which in (run, other))
     assert len(before) == 5 * (8 + 1) and all(torch.equal(before[key], after[key]) for key in before)
     first, second = (experiment.nodes.readout(r, 0, "trained").tensors("fields_test") for r in (run, other))
@@ -286,7 +286,7 @@ def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folder
     assert trained.groupby(["encoder", "label"]).owner_unseen.sum().max() == 1
     assert labels[labels.network == "random"].owner_unseen.isna().all()
     noise = torch.randint(0, 256, run.images.x_test.shape, dtype=torch.uint8)
-    other = replace(run, images=replace(run.images, x_test=noise), folder=tmp_path / "other", finished={})
+    other = replace(run, images=replace(run.images, x_test=noise), stages=tmp_path / "other", finished={})
     again, _, _ = experiment.heads.head_division(other)
     again = again[again.network == "trained"]
     assert (again.owner_unseen == trained.owner_unseen).all() and not (again.owner == trained.owner).all()
@@ -343,7 +343,7 @@ def test_stopped_readouts_of_a_stage_go_on(folders, monkeypatch):
     """A walk that is stopped between two epochs of its readouts does not train the first again, and ends alike."""
     few = CUT | {"limit": 300, "taps": ["attn", "block"], "taps_once": [], "prune_attention": False}
     run = settings.open_run("quick", few | {"readout_epochs": 3})
-    other = replace(run, folder=folders / "other", finished={}, log=(said := []).append)
+    other = replace(run, stages=folders / "other", finished={}, log=(said := []).append)
     monkeypatch.setattr(readouts, "SAVE_SECONDS", 0)
     saved = readouts.torch.save
 
@@ -356,7 +356,7 @@ def test_stopped_readouts_of_a_stage_go_on(folders, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         experiment.nodes.readout(other, 0, "random")
     monkeypatch.setattr(readouts.torch, "save", saved)
-    assert [path.name for path in other.folder.glob("stages/readouts-*/*/*")] == ["readouts.pt"]
+    assert [path.name for path in other.stages.glob("readouts-*/*/*")] == ["readouts.pt"]
     resumed = experiment.nodes.readout(replace(other, finished={}), 0, "random")
     assert any("resuming after epoch 1/3" in line for line in said)
     assert resumed.sha256 == experiment.nodes.readout(run, 0, "random").sha256
@@ -524,7 +524,7 @@ def test_single_nodes_predict_without_test_images(folders, monkeypatch):
 
     tables = []
     for shown in (noisy[1], noisy[1].flip(3)):
-        other = replace(run, images=replace(run.images, x_test=shown), folder=folders / str(len(tables)), finished={})
+        other = replace(run, images=replace(run.images, x_test=shown), stages=folders / str(len(tables)), finished={})
         tables.append(table := experiment.nodes.macroscopic_accuracies(other))
         whole = table[table["size"] == 128]
         assert whole.measured.to_numpy() == pytest.approx(accuracies(shown, y), abs=1.1 / 200)
