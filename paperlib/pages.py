@@ -27,7 +27,8 @@ def headline(summary: dict) -> str:
     held = [claim for claim in CLAIMS if words.get(claim) == "supported"]
     others = [f"{claim} ({text}) is {words.get(claim, NOT_YET)}" for claim, text in NAMES.items() if claim not in held]
     n, data = len(summary["seeds"]), summary["data"]["name"]
-    return f"**{len(held)} of {len(CLAIMS)} claims hold by our rules, {n} networks, {data}: {'; '.join(others)}.**"
+    networks, rest = "network" if n == 1 else "networks", f": {'; '.join(others)}" if others else ""
+    return f"**{len(held)} of {len(CLAIMS)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
 
 
 def answer_table(summary: dict) -> str:
