@@ -214,7 +214,7 @@ def test_pruned_classifier(run, pruned):
 
 
 def test_dilution_of_single_layers(run):
-    """ANDC removes more of the first encoder than of the last."""
+    """Masks grow with depth: ANDC removes more of each layer of the last encoder than of any of the first."""
     for seed in run.settings.seeds:
         network, _ = experiment.networks.load_network(run, seed, TRAINED)
         found, pairs = experiment.pruning.label_sets(run, seed).arrays("sets"), andc.connections(network, "ff")
@@ -224,7 +224,7 @@ def test_dilution_of_single_layers(run):
                 [andc.dilution({name: mask}) for name, mask in masks.items() if f"blocks.{encoder}." in name]
                 for encoder in (0, 6)
             )
-            assert max(first) < min(final) or max(final) < min(first)
+            assert max(first) < min(final)
 
 
 def test_pruned_filters(summary):
@@ -295,7 +295,7 @@ def test_accuracy_from_nodes(run, summary):
     by_encoder = table[table["size"] == 64].groupby("encoder").missed.mean()
     assert by_encoder.idxmin() == 5 and by_encoder.idxmax() == 7
     whole = last(table[table["size"] == table["size"].max()])
-    assert (whole.predicted > whole.measured).all() or (whole.predicted < whole.measured).all()
+    assert (whole.predicted > 0.99).all() and (whole.measured < 0.7).all()
 
 
 # --- Flowers-102: from what is committed of it

@@ -76,7 +76,6 @@ def classifier_sets(run: Run, seed: int) -> Stage:
         fields = held_out_fields(run, network, [last], weights, images)
         save_arrays(folder / "sets.npz", andc.recognised_labels(fields, s.prune_thresholds))
 
-    # The training of `readout`: who raises its version raises this one too.
     config = run.config(*ARCHITECTURE, *READOUT, "prune_thresholds") | {"seed": seed}
     return run.stage(f"classifier-sets-seed{seed}", config, inputs, make)
 
@@ -199,8 +198,6 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Stage:
     config = run.config(*ARCHITECTURE, *TRAINING, *PRUNING)
     config |= {"seed": seed, "first": first, "layers": layers, "threshold": threshold}
     config["retrain"] = "alone" if alone else again
-    # The rest follows from network and readouts: who raises the version of `label_sets`, `input_norms` or
-    # `classifier_inputs` raises this one too.
     inputs |= {"sets": recognised.sha256} if alone else {"readouts": source.sha256}
     inputs["unpruned"] = reference.sha256
     return run.stage(f"andc-{layers}-{threshold:g}-seed{seed}", config, inputs, make)
