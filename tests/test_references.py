@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from paperlib import experiment, files, models
+from paperlib import data, experiment, files, models, training
 from paperlib.cli import main
 from paperlib.experiment import settings
 from paperlib.models import cards, reference
@@ -69,6 +69,26 @@ def test_check_compares_accuracies_with_cards(made, capsys):
     assert made in capsys.readouterr().out
     edited_card(made, test_accuracy=reference.card(made)["test_accuracy"] + 0.01)
     assert main(["check", "networks", made]) == 1
+
+
+def test_a_network_that_never_saw_the_held_out_images_says_so_and_is_scored_as_it_was_trained(folders, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", folders / "references")
+    seen, train = [], training.train
+    monkeypatch.setattr(
+        training, "train", lambda network, data, *rest: seen.append(data) or train(network, data, *rest)
+    )
+    assert main([*COMMIT, *ASSIGNED, "blind=true"]) == 0
+    (name,) = models.references()
+    card, images = reference.card(name), data.load("glyphs100", image_size=24)
+    assert name == "glyphs100-24-cct_4_7x1-blind-seed0" and (card["n_train"], card["n_held_out"]) == (3600, 400)
+    kept, held = data.held_out(images.y_train, 0.1)
+    assert torch.equal(seen[0].x_train, images.x_train[kept]) and seen[0].held is None
+    scored = experiment.networks.as_trained(card, images)
+    assert torch.equal(scored.held, held)
+    for mine, stored in zip(scored.statistics, (card["mean"], card["std"]), strict=True):
+        assert torch.equal(mine.flatten(), torch.tensor(stored))
+    assert "the last 4 training images of each label (400) kept from it" in cards.page(name)
+    assert main(["check", "networks"]) == 0
 
 
 def test_check_wants_the_data_of_the_card(made, capsys):

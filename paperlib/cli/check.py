@@ -1,7 +1,7 @@
 """Compare what is committed with what it says of itself; exit code 1 if anything differs.
 
 networks [NAME ...]    score committed networks on the test images and compare with their cards
-verdicts PROFILE       statistics of nodes and verdicts anew, from committed measurements alone, in seconds
+verdicts PROFILE       statistics of nodes and verdicts anew, from committed measurements alone: half a minute
 measurement PROFILE    one network measured again from its weights and the images: the readouts of `attn` and `block` at
                        the first, middle and last encoder, compared within the spread of the committed seeds
 """
@@ -51,7 +51,7 @@ def check_networks(names: list[str]) -> bool:
         images = data.load(card["data"], folder_of("data"), card["image_size"])
         accuracy, here = None, f"not scored: this {card['data']} is not the data that it was trained on"
         if images.sha256 == card["data_sha256"]:
-            accuracy, _ = networks.scores(models.load_reference(name), images)
+            accuracy, _ = networks.scores(models.load_reference(name), networks.as_trained(card, images))
             here = f"{accuracy:.4%}"
         same = same and accuracy == card["test_accuracy"]
         print(f"| {name} | {card['n_test']} | {card['test_accuracy']:.4%} | {here} |", flush=True)

@@ -29,7 +29,7 @@ FIGURES = (".png", ".pdf", ".svg", ".csv", ".json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("profile", nargs="?", metavar="PROFILE", choices=[None, *settings.profiles()])
+    parser.add_argument("profile", nargs="?", metavar="PROFILE", choices=settings.profiles())
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--unfinished", action="store_true", help="store the stages that are done, nothing else")
     how.add_argument("--figures-only", action="store_true", help="store no stages")

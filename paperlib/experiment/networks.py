@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import distributed, models, training
-from paperlib.data import Images, held_out, normalise
+from paperlib.data import Images, held_out, hold_out, normalise
 from paperlib.experiment.settings import check_data, check_references, reference_name
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import json_rows, save_table, save_tensors, write_text
@@ -128,6 +128,13 @@ def scores(network: nn.Module, images: Images) -> tuple[float, float]:
     right = right_answers(network.to(training.best_device()), images)
     by_label = torch.stack([right[images.y_test == label].float().mean() for label in images.y_test.unique()])
     return right.float().mean().item(), by_label.mean().item()
+
+
+def as_trained(card: dict[str, Any], images: Images) -> Images:
+    """The data set of a card with those training images held out that the network did not see, and so normalised as for
+    its training."""
+    held = card.get("n_held_out", 0)
+    return hold_out(images, held / len(images.y_train)) if held else images
 
 
 def facts(run: Run, seed: int, stage: Stage, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     images = held if settings.blind else images
     check_batches(settings, len(images.x_train))
     folder = folder_of("runs") / profile
-    changed = settings != load_settings(profile)
+    changed = bool(changes) and settings != load_settings(profile)
     output = folder / (f"changed-{_short_hash(settings)}" if changed else "walk")
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,13 @@ class Run:
         if changed_files(folder, manifest, without=LARGE):
             raise ValueError(f"{folder}: files do not fit their {MANIFEST}: restore them, or remove the folder")
 
+        @cache  # hashing gigabytes once is enough
         def again() -> Stage:
-            minutes = manifest["seconds"] / 60
-            self.log(f"{record['stage']}: its large files are not committed; making them took {minutes:.0f} minutes")
-            whole = self._computed(self.stages / record["stage"] / key, record, make)
+            made = self.stages / record["stage"] / key
+            if not (made / MANIFEST).exists():
+                took = f"{manifest['seconds'] / 60:.0f} minutes"
+                self.log(f"{record['stage']}: its large files are not committed; making them took {took}")
+            whole = self._computed(made, record, make)
             if whole.sha256 != manifest["sha256"]:
                 self.log(f"{record['stage']}: not bit for bit the committed one (another kind of machine?)")
             return whole
