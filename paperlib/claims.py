@@ -242,9 +242,9 @@ def at_thresholds(taps: pd.DataFrame) -> pd.DataFrame:
 def pruning(table: pd.DataFrame, data: str) -> list[dict]:
     """C4: some dilution of at least 50 % costs at most 0.5 points of accuracy (mean over seeds; 95 % bound at most
     1.0) and less than random and permuted masks of equal dilution, in every seed and by more than their errors. One row
-    straight after pruning, one retrained (against the unpruned network retrained alike); both on the FF layers. Only
+    right after pruning, one retrained (against the unpruned network retrained alike); both on the FF layers. Only
     seeds in which all three kinds of masks were measured count. The classifier is stated beside them."""
-    rows, straight = [], ("", "straight after pruning")
+    rows, straight = [], ("", "right after pruning")
     cases = [("ff", *straight, "FF layers"), ("ff", "retrained_", "after a short retraining", "FF layers")]
     if "classifier" in table.layers.unique():
         alone = ("retrained_", "after a training of it alone")
@@ -298,17 +298,20 @@ def _by_seed(table: pd.DataFrame, prefix: str) -> pd.DataFrame:
 
 def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
     """C5: heads specialise more than chance and more than a random network's heads, and a head's ablation costs its own
-    labels (by images that score nothing) more than the others, and more than labels dealt to it. Two rows; both effects
-    are means over encoders."""
+    labels (by images that score nothing) more than the others, and more than randomly assigned ones. Two rows; both
+    effects are means over encoders."""
     trained, random = (overall[overall.network == kind].set_index("seed") for kind in ("trained", "random"))
     beaten = bool((trained.excess > random.excess).all())
     above_dealt = bool((trained.gap > trained.gap_null_high).all())
     null = f"nodes permuted among heads; {RANDOM_NETWORK}"
     bounds = {name: [*zip(trained[f"{name}_low"], trained[f"{name}_high"], strict=True)] for name in ("excess", "gap")}
     text = "accuracy drop on a silenced head's own labels - on other labels"
-    dealt = "other labels, the same head; owners dealt at random"
+    dealt = "other labels, the same head; randomly reassigned owners"
     texts = "excess specialisation of heads (nats), mean over encoders", f"{text}, mean over encoders"
-    numbers = f"random weights {random.excess.mean():.3f}", f"dealt owners at most {trained.gap_null_high.max():.3f}"
+    numbers = (
+        f"random weights {random.excess.mean():.3f}",
+        f"reassigned owners at most {trained.gap_null_high.max():.3f}",
+    )
     return [
         verdict("C5", data, texts[0], [*trained.excess], bounds["excess"], null, beaten, numbers=numbers[0]),
         verdict("C5", data, texts[1], [*trained.gap], bounds["gap"], dealt, above_dealt, numbers=numbers[1]),
@@ -317,7 +320,7 @@ def modus_vivendi(overall: pd.DataFrame, data: str) -> list[dict]:
 
 def largest_dilutions(table: pd.DataFrame) -> pd.DataFrame:
     """For each pruned part and method the largest dilution of the sweep at which C4's bounds hold (mean loss at most
-    0.5 points, 95 % bound at most 1.0), straight after pruning and retrained; nan where no dilution holds."""
+    0.5 points, 95 % bound at most 1.0), right after pruning and retrained; nan where no dilution holds."""
     rows = {}
     for layers, part in table.groupby("layers"):
         for prefix, when in (("", "straight"), ("retrained_", "retrained")):

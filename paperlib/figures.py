@@ -1,6 +1,7 @@
 """Tables -> pictures: one function a figure, one style for all."""
 
 import itertools
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -136,7 +137,7 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
 def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
     """Measured accuracy of sets of nodes beyond encoder 1 against the prediction from single nodes, and against that of
     as many nodes of encoder 1 (`experiment.nodes.macroscopic_accuracies`)."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharex=True, sharey=True)
     part = table[table.encoder > 1]
     for axis, column in zip(axes, ("predicted", "only_size"), strict=True):
         style = {"cmap": "viridis", "alpha": 0.6, "rasterized": True, "vmin": 2, "vmax": part.encoder.max()}
@@ -145,7 +146,6 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
             image = axis.scatter(100 * order[column], 100 * order.measured, 12, order.encoder, marker, **style)
             axis.scatter([], [], 12, "grey", marker, label=str(size))
         axis.axline((0, 0), slope=1, color="grey", ls=":")
-        axis.set_aspect("equal")
     axes[0].set(xlabel="predicted from single nodes (%)", ylabel="measured accuracy (%)")
     axes[1].set(xlabel="as many nodes of encoder 1 (%)")
     figure.colorbar(image, ax=axes[1], label="encoder", ticks=sorted(part.encoder.unique()), shrink=0.7)
@@ -198,20 +198,26 @@ def penalties(table: pd.DataFrame, data: str) -> Figure:
 
 
 @plt.rc_context(PLAIN)
-def node_gallery(panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], data: str, place: str) -> Figure:
+def node_gallery(
+    panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], classes: tuple[str, ...], data: str, place: str
+) -> Figure:
     """(encoder, kind of node) -> field matrix (L, L) and clusters: one small field matrix each, labels ordered by
-    cluster, clusters framed; encoders are rows."""
+    cluster, clusters framed, below it the labels of the largest one; encoders are rows."""
     rows, columns = (list(dict.fromkeys(key[part] for key in panels)) for part in (0, 1))
-    size = (1 + 1.4 * len(columns), 0.3 + 1.4 * len(rows))
+    size = (1 + 2.1 * len(columns), 0.4 + 2.3 * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, dpi=72)
     for (row, column), (field, clusters) in panels.items():
         axis = axes[rows.index(row), columns.index(column)]
         image = axis.imshow(_scaled(field, by_cluster(clusters, len(field))), interpolation="nearest", **FIELDS)
         _frame(axis, clusters)
-        axis.set(
-            xticks=[], yticks=[], title=column if row == rows[0] else "", ylabel=row if column == columns[0] else ""
-        )
-    figure.colorbar(image, ax=axes, label="field / maximum", shrink=0.6, extend="min")
+        largest = max(clusters, key=len, default=[])
+        names = ",\n".join(plain(classes[label], 18) for label in largest[:2]) or "no cluster"
+        more = f" + {len(largest) - 2}" if len(largest) > 2 else ""
+        axis.set(xticks=[], yticks=[], title=column if row == rows[0] else "")
+        axis.set_xlabel(names + more, fontsize=8)
+        axis.set_ylabel(row if column == columns[0] else "")
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, extend="min")
+    bar.ax.set_title("field /\nmaximum", fontsize=8)
     return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
 
 
@@ -234,23 +240,31 @@ def _frame(axis, clusters: list[list[int]]) -> None:
 
 
 @plt.rc_context(PLAIN)
-def node_matrix(
-    field: Tensor, boolean: Tensor, clusters: list[list[int]], classes: tuple[str, ...], data: str, node: str
-) -> Figure:
-    """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed."""
-    order = by_cluster(clusters, len(classes))
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), dpi=80)
-    image = axes[0].imshow(_scaled(field, order), **FIELDS)
-    figure.colorbar(image, ax=axes[0], label="field / maximum", shrink=0.8, extend="min")
-    shown = min(max(sum(map(len, clusters)) + 5, 12), len(order))
-    axes[1].imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
-    _frame(axes[1], clusters)
-    names = [plain(classes[label]) for label in order[:shown]]
-    axes[1].set_xticks(range(shown), names, rotation=90, fontsize=7)
-    axes[1].set_yticks(range(shown), names, fontsize=7)
-    axes[0].set(xlabel="output label", ylabel="input label", xticks=[], yticks=[])
-    axes[1].set(xlabel="output label (black: above the threshold)")
-    return _stamped(figure, f"{data}, {node}", data)
+def node_matrix(field: Tensor, boolean: Tensor, clusters: list[list[int]], images: Images, node: str) -> Figure:
+    """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed, and a test
+    image of each label of its largest clusters."""
+    classes, order = images.classes, by_cluster(clusters, len(images.classes))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.7), width_ratios=[1, 1, 0.75])
+    image = left.imshow(_scaled(field, order), interpolation="nearest", **FIELDS)
+    figure.colorbar(image, ax=left, shrink=0.8, extend="min", location="bottom", label="field / maximum")
+    shown = min(max(sum(map(len, clusters)) + 5, 12), len(order), 25)
+    middle.imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
+    _frame(middle, clusters)
+    middle.set(xlim=(-0.5, shown - 0.5), ylim=(shown - 0.5, -0.5))
+    names = [plain(classes[label], 16) for label in order[:shown]]
+    middle.set_xticks(range(shown), names, rotation=90, fontsize=7)
+    middle.set_yticks(range(shown), names, fontsize=7)
+    left.set(title="field matrix", xlabel="output label", ylabel="input label", xticks=[], yticks=[])
+    middle.set(title="above the threshold, clusters framed")
+    right.set(title="its largest clusters")
+    right.axis("off")
+    for row, cluster in enumerate(sorted(clusters, key=len, reverse=True)[:3]):
+        for column, label in enumerate(cluster[:3]):
+            small = right.inset_axes((column / 3, 0.7 - row / 3, 0.3, 0.24))
+            small.imshow(images.x_test[(images.y_test == label).nonzero()[0, 0]].permute(1, 2, 0).numpy())
+            small.axis("off")
+            small.set_title(plain(classes[label], 14), fontsize=7, pad=2)
+    return _stamped(figure, f"{images.name}, {node}", images.name)
 
 
 @plt.rc_context(STYLE)
@@ -260,7 +274,7 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     parts = sorted(table.layers.unique(), key=["ff", "attention", "classifier", "filters"].index)
     titles = {"filters": "convolutions", "ff": "FF layers", "attention": "qkv and proj", "classifier": "classifier"}
     whens = (("", {"ls": "-"}, "unpruned"), ("retrained_", {"ls": "--", "mfc": "white"}, "unpruned, retrained"))
-    shape = {"figsize": (1.8 + 2.9 * len(parts), 4.8), "sharex": True, "sharey": "row", "height_ratios": [3, 2]}
+    shape = {"figsize": (1.8 + 2.9 * len(parts), 5.4), "sharex": "col", "sharey": "row", "height_ratios": [3, 2]}
     figure, axes = plt.subplots(2, len(parts), squeeze=False, **shape)
     for layers, (upper, lower) in zip(parts, axes.T, strict=True):
         part = table[table.layers == layers]
@@ -276,38 +290,76 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
                 level = 100 * (rows[f"{prefix}accuracy"] + rows[f"{prefix}loss"]).mean()
                 upper.axhline(level, color="grey", lw=0.8, ls=style["ls"], label=name)
         lower.axhline(0.5, color="grey", lw=0.8)
-        lower.annotate("C4: 0.5", (1, 0.5), va="bottom", ha="right", fontsize=7, color="grey")
-        lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(0, 1))
+        smallest = 0.1 * math.floor(10 * part.dilution.min())  # a classifier is hardly ever diluted a little
+        lower.set(xlabel=f"dilution of the {titles[layers]}", xlim=(smallest, 1.02))
     again = table[table.layers.isin(("ff", "filters"))].retrained_loss  # a classifier's loss may leave the picture
     highest = again.max() if again.notna().any() else table.groupby("method").loss.min().max()
     if table.retrained_loss.notna().any():
         axes[0, 0].plot([], [], "o--", ms=4.5, mfc="white", color="grey", label="retrained")
     axes[0, 0].set(ylabel="test accuracy (%)", ylim=(0, None))
-    axes[1, 0].set(ylabel="accuracy lost (points)", ylim=(-1, max(5, 110 * highest)))
+    axes[1, 0].set(ylabel="accuracy lost (points)\ngrey line: C4's half point", ylim=(-1, max(5, 110 * highest)))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return _stamped(figure, data, data, table)
 
 
 @plt.rc_context(PLAIN)
-def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: str) -> Figure:
-    """How many nodes of each head recognise each label, labels ordered by owner and count; below, the same for nodes
-    dealt to the heads at random: any table so ordered has steps (`experiment.heads.head_counts`)."""
-    heads = table["head"].nunique()
-    colours = [*(COLOURS[head % len(COLOURS)] for head in range(heads)), "grey"]
-    figure, axes = plt.subplots(2, 1, figsize=(11, 1.5 + 0.5 * heads))
-    for axis, (which, part) in zip(axes, table.groupby("nodes", sort=False), strict=True):
-        counts = part.pivot(index="head", columns="label", values="count").to_numpy()
-        owner = np.where(counts.max(axis=0) > 0, counts.argmax(axis=0), heads)  # last: nobody's
-        order = np.lexsort((-counts.max(axis=0), owner))
-        image = axis.imshow(counts[:, order], aspect="auto", cmap="viridis", vmin=0, vmax=table["count"].max())
-        names = [plain(classes[label]) for label in order] if axis is axes[0] else []
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        axis.set(ylabel=which, yticks=range(heads), yticklabels=[f"head {head}" for head in range(heads)])
-        for ticks, whose in ((axis.get_yticklabels(), range(heads)), (axis.get_xticklabels(), owner[order])):
-            for tick, head in zip(ticks, whose, strict=False):
-                tick.set_color(colours[head])
-    figure.colorbar(image, ax=axes, label="nodes", pad=0.01)
-    return _stamped(figure, f"{data}, {place}: nodes that recognise a label", data)
+def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: str, longest: int = 25) -> Figure:
+    """How many nodes of each head (columns) recognise the labels that a head owns (one panel a head, at most `longest`
+    labels by name); below, small, the same for nodes randomly reassigned to heads: any table so ordered has steps
+    (`experiment.heads.head_counts`)."""
+    heads, most = table["head"].nunique(), table["count"].max()
+    size = (max(8.5, 2.2 * heads), 6.4)
+    figure, axes = plt.subplots(2, heads, figsize=size, squeeze=False, height_ratios=[4, 1])
+    for row, (which, part) in enumerate(table.groupby("nodes", sort=False)):
+        counts = part.pivot(index="head", columns="label", values="count")
+        owner = counts.idxmax().where(counts.max() > 0, -1)
+        for head, axis in enumerate(axes[row]):
+            own = counts.loc[:, owner == head].T.sort_values(head, ascending=False)
+            shown = own.iloc[:longest] if row == 0 else own
+            style = {"cmap": "viridis", "vmin": 0, "vmax": most, "aspect": "auto"}
+            values = shown.to_numpy() if len(shown) else np.full((1, heads), np.nan)
+            image = axis.imshow(values, **style)
+            names = [plain(classes[label], 16) for label in shown.index] if row == 0 else []
+            axis.set_yticks(range(len(names)), names, fontsize=7.5)
+            axis.set_xticks(range(heads), range(heads) if heads <= 8 else [""] * heads, fontsize=8)
+            rest = f", first {len(shown)}" if len(shown) < len(own) else ""
+            axis.set_title(f"head {head}: {len(own)} labels{rest}", fontsize=8)
+        axes[row, 0].set_ylabel(f"nodes {which}" if row == 0 else which)
+    figure.supxlabel("head whose nodes recognise the label", fontsize=9)
+    figure.colorbar(image, ax=axes, label="nodes", shrink=0.5)
+    return _stamped(figure, f"{data}, {place}: labels by owner", data)
+
+
+@plt.rc_context(PLAIN)
+def head_matrices(table: pd.DataFrame, data: str, place: str) -> Figure:
+    """For how many of a head's nodes an image of one label (row) makes another label (column) answer; labels ordered by
+    owner, a head's own framed; encoders are rows (`experiment.heads.head_matrices`)."""
+    encoders, heads = sorted(table.encoder.unique()), sorted(table["head"].unique())
+    size = (0.6 + 2.2 * len(heads), 0.4 + 2.4 * len(encoders))
+    figure, axes = plt.subplots(len(encoders), len(heads), figsize=size, squeeze=False, dpi=72)
+    for row, encoder in zip(axes, encoders, strict=True):
+        for axis, head in zip(row, heads, strict=True):
+            part = table[(table.encoder == encoder) & (table["head"] == head)]
+            matrix = part.pivot(index="input", columns="output", values="nodes").to_numpy()
+            low, high = np.quantile(matrix, [0.01, 0.995])
+            axis.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+            own = np.flatnonzero(part.drop_duplicates("input").sort_values("input").owned)
+            if len(own):
+                corner = own[0] - 0.5
+                axis.add_patch(plt.Rectangle((corner, corner), len(own), len(own), fill=False, ec="white", lw=1.5))
+            axis.set(xticks=[], yticks=[], title=f"encoder {encoder}, head {head}: {len(own)} own labels")
+        row[0].set_ylabel("image shows")
+    axes[-1, 0].set_xlabel("node answers")
+    return _stamped(figure, f"{data}, {place}; labels by owner, own labels framed", data)
+
+
+def lost_by_owner(labels: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy lost (points) on each owner's labels (columns) without each head (rows), mean over labels and seeds, in
+    one encoder of `experiment.heads.head_division`; owners by held-out images."""
+    part = labels[labels.network == "trained"]
+    own = part[part.owner_unseen.astype(bool)].set_index(["seed", "label"])["head"].rename("owned_by")
+    owned = part.merge(own, left_on=["seed", "label"], right_index=True)
+    return 100 * owned.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
 
 
 @plt.rc_context(STYLE)
@@ -319,8 +371,7 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     margins = (counts[:, -1] - (counts[:, -2] if counts.shape[1] > 1 else 0))[counts[:, -1] > 0]
     own = part[part.owner_unseen.astype(bool)].set_index(["seed", "label"])
     others = part[~part.owner_unseen.astype(bool)].groupby(["seed", "label"]).alone_accuracy.max().reindex(own.index)
-    owner = part.merge(own["head"].rename("owned_by"), left_on=["seed", "label"], right_index=True)
-    lost = 100 * owner.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
+    lost = lost_by_owner(part)
     figure, axes = plt.subplots(1, 3, figsize=(9, 3))
     axes[0].hist(margins, bins=np.arange(margins.max() + 2) - 0.5, color=COLOURS[0])
     every = f"labels ({part.seed.nunique()} x {part.label.nunique()})"
@@ -344,16 +395,16 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
 @plt.rc_context(STYLE)
 def cooperation(table: pd.DataFrame, data: str) -> Figure:
     """How well sets of nodes of a head recognise the head's own labels, and which of these it is, against their number;
-    grey: the same with nodes dealt to heads; dotted: single nodes added up. First, middle and last encoder."""
+    grey: random groups of nodes; dotted: single nodes added up. First, middle and last encoder."""
     every = sorted(table.encoder.unique())
     encoders = sorted({every[0], every[(len(every) - 1) // 2], every[-1]})
     figure, axes = plt.subplots(2, len(encoders), figsize=(8.4, 4.6), sharex=True, sharey="row", squeeze=False)
     for column, encoder in enumerate(encoders):
-        for nodes, colour in (("dealt", "grey"), ("head", COLOURS[1])):
+        for nodes, colour, whose in (("dealt", "grey", "random group"), ("head", COLOURS[1], "head")):
             sizes = table[(table.encoder == encoder) & (table.nodes == nodes)].groupby("size")
             mean, spread = (100 * part for part in (sizes.mean(numeric_only=True), sizes.std(numeric_only=True)))
             for axis, name in zip(axes[:, column], ("own", "choice"), strict=True):
-                axis.errorbar(mean.index, mean[name], spread[name], fmt="o-", ms=3, color=colour, label=nodes)
+                axis.errorbar(mean.index, mean[name], spread[name], fmt="o-", ms=3, color=colour, label=whose)
             axes[0, column].plot(mean.index, mean.singles, ":", color=colour)
         axes[1, column].set_xscale("log", base=4, subs=[])
         axes[1, column].set(xlabel=f"nodes of encoder {encoder}", xticks=mean.index, xticklabels=mean.index)
@@ -404,7 +455,7 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     left.set(xlabel="encoder", ylabel="specialisation above\npermutation mean (nats)")
     _curve(right, trained, "gap", 100, "o-", "#D55E00")
     _curve(right, trained, "gap_null_high", 100, ":", "black")
-    left.plot([], [], ":", color="black", label="97.5 % of dealt owners")
+    left.plot([], [], ":", color="black", label="97.5 % of reassigned owners")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     right.set(xlabel="encoder", ylabel="lost without the head: own\nminus other labels (points)")
     return _stamped(figure, data, data, encoders)

@@ -201,7 +201,7 @@ def growing_sets(order: Tensor) -> Tensor:
 
 
 def right_answers_per_label(fields: Tensor, labels: Tensor) -> Tensor:
-    """How many images of each label are answered rightly: fields (S, n, L), labels (n,) -> (S, L)."""
+    """How many images of each label are answered correctly: fields (S, n, L), labels (n,) -> (S, L)."""
     right = (fields.argmax(dim=2) == labels).to(fields)
     return torch.zeros_like(fields[:, 0]).index_add_(1, labels, right)
 
@@ -218,7 +218,7 @@ def choices_per_label(fields: Tensor, labels: Tensor, own: Tensor) -> Tensor:
 
 def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, alone: Tensor) -> pd.DataFrame:
     """The measured columns of `cooperation` for one encoder: sets (G, H, sizes, D) and own labels (G, H, L), bool;
-    shares of each label's images that sets answer rightly and choose right (G x H x sizes, L), and nodes alone (D, L).
+    shares of each label's images that sets answer correctly and choose right (G x H x sizes, L), nodes alone (D, L).
     """
     right, choice = (part.unflatten(0, sets.shape[:3]) for part in (right, choice))
     singles = 1 / own.shape[2] + sets.float() @ (alone - 1 / own.shape[2])
@@ -237,7 +237,7 @@ def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, 
 
 
 def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
-    """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of dealt nodes, with the
+    """Whole heads, one row per encoder, means over seeds: own and choice of the heads and of reassigned nodes, with the
     97.5 % quantile over dealings of such means, and others of both; last what all nodes together choose among the same
     labels: how hard these are."""
     whole = table[table.whole]
@@ -254,7 +254,7 @@ def summary_of_cooperation(table: pd.DataFrame) -> pd.DataFrame:
 
 def matched_overlap(first: Tensor, second: Tensor, draws: int, generator: torch.Generator) -> tuple[float, Tensor]:
     """How far two networks give the same labels to the same head, whatever the heads are called: owners (L,) of both ->
-    (share of labels that agree under the best matching of heads, the same for labels dealt at random (draws,)).
+    (share of labels that agree under the best matching of heads, the same for randomly reassigned labels (draws,)).
 
     Labels that either network's nodes do not recognise (-1) are left out.
     """

@@ -7,10 +7,12 @@ import nbformat
 
 from paperlib.paths import root
 
+START = "00_start_here"  # reads what the others have measured, so it is run last and records nothing
+
 
 def notebook_files() -> list[Path]:
-    """The numbered notebooks, in order."""
-    return sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks, in the order in which a walk runs them."""
+    return sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == START, path.name))
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:

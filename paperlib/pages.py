@@ -1,61 +1,58 @@
 """Results -> Markdown: tables of verdicts and networks, and the places of README and docs where they stand."""
 
 import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
-from paperlib import claims, models
+from paperlib import claims, files, models
+from paperlib.answers import CLAIMS, NOT_YET, Answer, answers
 from paperlib.models import cards, reference
 
-CLAIMS = {
-    "C1": "[CNNs and transformers share the mechanism](notebooks/05_cnn_counterpart.ipynb)",
-    "C2": "[each node identifies small clusters of labels](notebooks/02_snr_per_encoder.ipynb)",
-    "C3": "[features sharpen along the encoders](notebooks/02_snr_per_encoder.ipynb)",
-    "C4": "[ANDC pruning does not affect the accuracy](notebooks/03_andc_pruning.ipynb)",
-    "C5": "[each head becomes expert in its own labels](notebooks/04_head_modus_vivendi.ipynb)",
-    "C6": "[accuracy follows from single nodes](notebooks/02_snr_per_encoder.ipynb)",
-}
-ANSWERS = ("<!-- answers of {}: made by python -m paperlib publish -->", "<!-- end of answers -->")
-HEADLINE = ("<!-- in short, {}: made by python -m paperlib publish -->", "<!-- end of in short -->")
-NAMES = {claim: text.partition("]")[0].removeprefix("[") for claim, text in CLAIMS.items()}
-NOT_YET = "not measured yet"  # a claim whose notebook is not among those of the run
-REFERENCES = ("<!-- reference networks: made by python -m paperlib publish -->", "<!-- end of networks -->")
-MARKS = ("<!-- verdicts of {}: made by python -m paperlib publish -->", "<!-- end of verdicts -->")
+MADE = "made by python -m paperlib publish"
+HEADLINE = (f"<!-- in short, {{}}: {MADE} -->", "<!-- end of in short -->")
+ANSWERS = (f"<!-- answers of {{}}: {MADE} -->", "<!-- end of answers -->")
+MARKS = (f"<!-- verdicts of {{}}: {MADE} -->", "<!-- end of verdicts -->")
+REFERENCES = (f"<!-- reference networks: {MADE} -->", "<!-- end of networks -->")
 
 
-def headline(summary: dict) -> str:
+def headline(found: dict[str, Answer], summary: dict) -> str:
     """How many claims hold, and which do not, in one bold sentence."""
-    words = claims.of_claims(summary["verdicts"])
-    held = [claim for claim in CLAIMS if words.get(claim) == "supported"]
-    others = [f"{claim} ({text}) is {words.get(claim, NOT_YET)}" for claim, text in NAMES.items() if claim not in held]
+    held = [claim for claim, answer in found.items() if answer.verdict == "supported"]
+    others = [
+        f"{claim} ({CLAIMS[claim][0]}) is {answer.verdict}" for claim, answer in found.items() if claim not in held
+    ]
     n, data = len(summary["seeds"]), summary["data"]["name"]
     networks, rest = "network" if n == 1 else "networks", f": {'; '.join(others)}" if others else ""
     return f"**{len(held)} of {len(CLAIMS)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
 
 
-def answer_table(summary: dict) -> str:
-    """One row a claim: what it says, the verdict, and the effect of each row that decides it with its null."""
-    lines = ["| claim of the abstract | our verdict | by what |", "|---|---|---|"]
-    words = claims.of_claims(summary["verdicts"])
-    for claim, text in CLAIMS.items():
-        rows = [row for row in summary["verdicts"] if row["claim"] == claim and not row["beside"]]
-        numbers = "<br>".join(
-            f"{row['statistic'].split(',')[0].replace(' - 0.8', ' above 0.8')}: {_number(row)}" for row in rows
+def answer_table(found: dict[str, Answer]) -> str:
+    """One row a claim: what it says, the answer in words, the number to remember, the notebook."""
+    lines = ["| claim of the abstract | our answer | in numbers | notebook |", "|---|---|---|---|"]
+    for claim, answer in found.items():
+        text, notebook = CLAIMS[claim]
+        words = f"**{answer.verdict}**" + f": {answer.words}" * bool(answer.words)
+        lines.append(
+            f"| {claim}: {text} | {words} | {answer.number} | [{notebook[:2]}](notebooks/{notebook}.ipynb#verdict) |"
         )
-        lines.append(f"| {claim}: {text} | **{words.get(claim, NOT_YET)}** | {numbers} |")
     return "\n".join(lines)
 
 
-def _number(row: dict) -> str:
-    if row["effect"] is None:
-        return row["verdict"]
-    return f"{row['effect']:.3f} ({row['numbers'] or row['null'].partition(': ')[2]})"
+def card(folder: Path, claim: str) -> str:
+    """The verdict on a claim with its plain answer, for the end of a notebook, from the results in a folder."""
+    answer = answers(folder)[claim]
+    text = CLAIMS[claim][0]
+    said = "".join(f" {part[0].upper()}{part[1:]}." for part in (answer.words, answer.number) if part)
+    return f"> **{claim}: {answer.verdict}.** *{text[0].upper()}{text[1:]}.*{said}"
 
 
 def verdict_table(summary: dict) -> str:
     """The rows of a summary.json that decide a claim as a Markdown table; a claim is named in its first row."""
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
     words = claims.of_claims(summary["verdicts"])
-    for claim, text in CLAIMS.items():
-        name = f"{claim}: {text}: **{words.get(claim, NOT_YET)}**"
+    for claim, (text, notebook) in CLAIMS.items():
+        name = f"{claim}: [{text}](notebooks/{notebook}.ipynb#verdict): **{words.get(claim, NOT_YET)}**"
         rows = [row for row in summary["verdicts"] if row["claim"] == claim and not row["beside"]]
         for number, row in enumerate(rows):
             lines.append(f"| {'' if number else name} | {_cells(row)} |")
@@ -92,22 +89,29 @@ def network_table() -> str:
     return "\n".join(lines)
 
 
-def with_results(page: str, summary: dict, to_root: str = "") -> str:
-    """The page with answers and verdicts of a run, and the table of networks, wherever it has the marks for them.
+def with_results(page: str, folder: Path, to_root: str = "") -> str:
+    """The page with answers and verdicts of the results in a folder, and the table of networks, wherever it has the
+    marks for them.
 
     to_root is the way from the page to the project, which links get in front: "../" for a page in docs.
     """
+    summary = files.read_json(folder / "summary.json")
     profile = summary["profile"]
-    blocks = {HEADLINE[0].format(profile): (HEADLINE[1], headline(summary))}
-    blocks[ANSWERS[0].format(profile)] = ANSWERS[1], answer_table(summary)
-    blocks[MARKS[0].format(profile)] = MARKS[1], verdict_table(summary)
-    blocks[REFERENCES[0]] = REFERENCES[1], network_table()
+
+    def rows(claim: str) -> list[dict]:
+        return [row for row in summary["verdicts"] if row["claim"] == claim]
+
+    blocks: dict[str, tuple[str, Callable[[], str]]] = {
+        HEADLINE[0].format(profile): (HEADLINE[1], lambda: headline(answers(folder), summary)),
+        ANSWERS[0].format(profile): (ANSWERS[1], lambda: answer_table(answers(folder))),
+        MARKS[0].format(profile): (MARKS[1], lambda: verdict_table(summary)),
+        REFERENCES[0]: (REFERENCES[1], network_table),
+    }
     for claim in CLAIMS:
-        rows = [row for row in summary["verdicts"] if row["claim"] == claim]
-        blocks[MARKS[0].format(f"{profile}, {claim}")] = MARKS[1], claim_table(rows)
-    for mark, (end, lines) in blocks.items():
+        blocks[MARKS[0].format(f"{profile}, {claim}")] = MARKS[1], partial(claim_table, rows(claim))
+    for mark, (end, made) in blocks.items():
         if mark in page:
-            page = with_lines(page, (mark, end), re.sub(r"\]\((?=notebooks/|paperlib/)", f"]({to_root}", lines))
+            page = with_lines(page, (mark, end), re.sub(r"\]\((?=notebooks/|paperlib/)", f"]({to_root}", made()))
     return page
 
 

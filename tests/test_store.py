@@ -240,7 +240,7 @@ def test_a_measurement_of_one_seed_agrees_within_its_own_uncertainty(statistic, 
         assert check.compared(again, table, 4, 400)[statistic].agrees.tolist() == [agrees]
 
 
-def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():
+def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing(tmp_path):
     row = {"claim": "C2", "statistic": "SNR", "effect": 1.0, "uncertainty": 0.1, "null": "none", "notes": ""}
     row |= {"verdict": "supported", "beside": False, "by_seed": [], "numbers": "3 against 2"}
     summary = {"profile": "cut", "seeds": [0], "data": {"name": "glyphs100"}, "verdicts": [row]}
@@ -249,7 +249,8 @@ def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing():
     words = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in table[2:]}
     assert words == {claim: "supported" if claim == "C2" else "not measured yet" for claim in pages.CLAIMS}
     marks = [(pages.MARKS[0].format(f"cut, {claim}"), pages.MARKS[1]) for claim in ("C2", "C4")]
-    page = pages.with_results("\n".join(itertools.chain(*marks)), summary)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = pages.with_results("\n".join(itertools.chain(*marks)), tmp_path)
     assert "**Supported.**" in page and "**Not measured yet.**" in page
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import nbformat
 
-from paperlib import colab, notebooks, pages
+from paperlib import colab, frontpage, notebooks, pages
 from paperlib.experiment import settings
 from paperlib.experiment.store import LARGE
-from paperlib.files import read_json, write_text
+from paperlib.files import read_json, whole, write_text
 from paperlib.paths import folder_of, root
 
 SHOWN = "cifar100-cpu"  # the profile whose outputs the notebooks show
@@ -63,21 +63,31 @@ def publish_results(profile: str, figures_only: bool) -> None:
             shutil.copy(path, figures)
     if not figures_only:
         kept = figures / "stages"
-        whole = summary["results"].keys() >= {path.stem for path in notebooks.notebook_files()}
-        others = {} if whole else finished_stages(kept)  # a run of some notebooks does not know theirs
+        complete = summary["results"].keys() >= {path.stem for path in notebooks.notebook_files()} - {notebooks.START}
+        others = {} if complete else finished_stages(kept)  # a run of some notebooks does not know theirs
         store_stages(others | summary["stages"], run / "stages", kept)
+    if profile == SHOWN:
+        publish_frontpage(figures)
     for path, notebook in executed.items():
         write_text(path, nbformat.writes(notebook) + "\n")
     for page in (root() / "README.md", *sorted((root() / "docs").glob("*.md"))):
         to_root = "../" if page.parent.name == "docs" else ""
-        write_text(page, pages.with_results(page.read_text(encoding="utf-8"), summary, to_root))
+        write_text(page, pages.with_results(page.read_text(encoding="utf-8"), figures, to_root))
+
+
+def publish_frontpage(figures: Path) -> None:
+    """The pictures of README, for light and dark pages, beside the profiles' folders."""
+    for dark, suffix in ((False, ""), (True, "-dark")):
+        for name, picture in (("hero", frontpage.hero(figures, dark)), ("anatomy", frontpage.anatomy(dark))):
+            with whole(figures.parent / f"{name}{suffix}.png") as file:
+                picture.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
 
 def _executed(profile: str, folder: Path, summary: dict) -> dict[Path, nbformat.NotebookNode]:
     """The run's notebooks with its outputs; all of them or none."""
     found = {}
     for path in notebooks.notebook_files():
-        if path.stem in summary["results"]:
+        if path.stem in summary["results"] or (path.stem == notebooks.START and (folder / path.name).exists()):
             copy = nbformat.read(folder / path.name, as_version=4)
             try:
                 found[path] = notebooks.with_outputs(nbformat.read(path, as_version=4), copy, profile)

@@ -10,14 +10,22 @@ import jinja2
 import mistune
 import pandas as pd
 
+from paperlib.answers import CLAIMS
 from paperlib.claims import BESIDE, of_claims
 from paperlib.experiment import settings
 from paperlib.files import read_json, write_text
-from paperlib.pages import CLAIMS, without_links
+from paperlib.pages import without_links
 from paperlib.paths import folder_of, root
 
 EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
-FIRST_SEED = {"penalties", "node", "node_gallery", "head_map", "attention_maps"}  # figures of the first seed only
+FIRST_SEED = {
+    "penalties",
+    "node",
+    "node_gallery",
+    "head_map",
+    "head_matrices",
+    "attention_maps",
+}  # figures of the first seed only
 NO_NULL = "none, this shows what is counted; see node_distributions."
 BY_HEADS = "none in this picture; see head_specialisation."
 # figure -> (notebook, claim, what it shows, against which null)
@@ -27,7 +35,7 @@ CAPTIONS = {
         "02", "C2, C3",
         "Accuracy of linear readouts (left) and raw signal-to-noise ratio of single nodes (right) along the encoders.",
         "Dashed: the same network with random weights, its readouts trained alike. Dash-dotted: readouts trained on "
-        "labels dealt to other images, first seed. Dotted: 1, exchangeable labels.",
+        "randomly reassigned labels, first seed. Dotted: 1, exchangeable labels.",
     ),
     "threshold_sweep": (
         "02", "C3", "SNR of the encoders' output for several thresholds.", "Dashed: random weights.",
@@ -54,8 +62,14 @@ CAPTIONS = {
         "a line; open symbols: after a short retraining.",
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
-    "head_map": ("04", "C5", "How many nodes of each head recognise each label; labels ordered by owner and count.",
-                 "Below: the same nodes dealt to the heads at random."),
+    "head_matrices": (
+        "04", "C5", "For how many of a head's nodes an image of one label (row) makes another one (column) answer; "
+        "labels by owner, own labels framed.", BY_HEADS,
+    ),
+    "head_map": (
+        "04", "C5", "How many nodes of each head recognise the labels that a head owns.",
+        "Below: the same nodes randomly reassigned to the heads.",
+    ),
     "head_experts": (
         "04", "C5", "Margins of owners; accuracy of a label's owner alone against the best other head; accuracy lost "
         "by silencing each head on each owner's labels.", BY_HEADS,
@@ -63,15 +77,15 @@ CAPTIONS = {
     "head_specialisation": (
         "04", "C5",
         "Excess specialisation of heads, and accuracy lost on own labels less that on others when a head is silenced.",
-        "Nodes permuted among heads; random weights; owners dealt at random.",
+        "Nodes permuted among heads; random weights; owners randomly reassigned.",
     ),
     "cooperation": (
         "04", "C5", "How well sets of a head's nodes recognise the head's own labels, and which of these it is.",
-        "Grey: nodes dealt to as many heads at random, on labels of their own.",
+        "Grey: nodes randomly reassigned to as many heads, on labels of their own.",
     ),
     "attention_maps": (
         "04", "C5", "Attention received by each token, for images of a head's own labels and of others.",
-        "Owners dealt to other labels: the table in notebook 04.",
+        "Owners of randomly reassigned labels: the table in notebook 04.",
     ),
     "cnn_learning_curve": ("05", "", "Training loss and test accuracy of the CNN, epoch by epoch.", "Dotted: chance."),
     "two_halves": (
@@ -114,7 +128,7 @@ def page(folder: Path) -> str:
         summary=summary,
         words=of_claims(summary["verdicts"]),
         beside=BESIDE,
-        claims={claim: text.split("]")[0].removeprefix("[") for claim, text in CLAIMS.items()},
+        claims={claim: text for claim, (text, _) in CLAIMS.items()},
         figures=figures,
         card=settings.card(used).itertuples(name=None),
         hours=sum(summary["seconds"].values()) / 3600,

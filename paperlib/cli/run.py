@@ -56,13 +56,14 @@ def _chosen(start: str | None, only: str | None) -> list[Path]:
     by_number = {path.name[:2]: path for path in notebooks.notebook_files()}
     named = [] if only is None else [number.strip() for number in only.split(",")]
     for number in [*named, *([] if start is None else [start])]:
-        if number.zfill(2) not in by_number:
+        if not number or number.zfill(2) not in by_number:
             raise ValueError(f"there is no notebook {number!r}: use one of {', '.join(by_number)}")
+    order = list(by_number)
     wanted = [number.zfill(2) for number in named]
-    first = (start or "").zfill(2)
-    if wanted and max(wanted) < first:
+    later = order[order.index(start.zfill(2)) :] if start else order
+    if wanted and not set(wanted) & set(later):
         raise ValueError(f"--from {start} leaves none of --only {only}: take one of the two")
-    return [path for number, path in by_number.items() if number >= first and (not wanted or number in wanted)]
+    return [by_number[number] for number in later if not wanted or number in wanted]
 
 
 def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> str | None:
@@ -91,7 +92,8 @@ def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> s
         return f"{folder / notebook.name} was not written ({error}): make room for it, and start again"
     except RuntimeError as error:  # what jupyter_client raises
         return f"its kernel did not start ({str(error).splitlines()[0]})"
-    if not summary.exists() or summary.stat().st_mtime_ns == before:
+    recorded = summary.exists() and summary.stat().st_mtime_ns != before
+    if not recorded and notebook.stem != notebooks.START:
         return f"it ended without writing {summary}"
     return None
 

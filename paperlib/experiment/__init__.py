@@ -10,3 +10,4 @@ from paperlib.experiment import nodes as nodes
 from paperlib.experiment import pruning as pruning
 from paperlib.experiment.settings import card as card
 from paperlib.experiment.settings import open_run as open_run
+from paperlib.experiment.settings import results as results

@@ -34,7 +34,7 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     encoder, specialisation, null_mean, null_low, null_high (95 % of the null), excess (nats), z, unrecognised, tied
     (labels), median_margin (nodes), own_drop, other_drop, gap (own - other, owners by held-out images; see
     `heads.own_label_drops`), gap_same_images (owners by the test images), first_mean_gap (first seed only: with the
-    head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with owners dealt to other labels).
+    head's nodes at their training mean instead of 0), gap_null_high (97.5 % of gaps with randomly reassigned owners).
     Third: seed, network, excess, gap with their 95 % intervals (excess_low, ...): over the null, and over test images;
     gap_null_high of the mean over encoders.
     """
@@ -44,18 +44,39 @@ def head_division(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 
 def head_counts(run: Run, encoder: int) -> pd.DataFrame:
-    """Nodes of each head that recognise each label, first seed, and the same nodes dealt to the heads at random once:
-    nodes (of heads, dealt), head, label, count."""
+    """Nodes of each head that recognise each label, first seed, and the same nodes randomly reassigned to heads once:
+    nodes (of heads, reassigned), head, label, count."""
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     booleans = matrices(run, seed, "trained").arrays("matrices")[f"{encoder}.attn"]
-    order = torch.randperm(len(booleans), generator=training.generator(seed, "dealt nodes", encoder))
+    order = torch.randperm(len(booleans), generator=training.generator(seed, "reassigned nodes", encoder))
     parts = []
-    for nodes, dealt in (("of heads", booleans), ("dealt", booleans[order])):
+    for nodes, dealt in (("of heads", booleans), ("reassigned", booleans[order])):
         counts = heads.cooperation_counts(dealt, network.classifier.blocks[0].self_attn.heads)
         part = pd.DataFrame(counts.numpy()).rename_axis("head").reset_index()
         parts.append(part.melt("head", var_name="label", value_name="count").assign(nodes=nodes))
     return pd.concat(parts, ignore_index=True)[["nodes", "head", "label", "count"]]
+
+
+def head_matrices(run: Run, encoders: tuple[int, ...]) -> pd.DataFrame:
+    """For how many of a head's nodes an image of one label makes another one answer, first seed, labels ordered by
+    owner: encoder, head, input, output (places in that order), nodes, owned (whether the head owns the input label)."""
+    seed = run.settings.seeds[0]
+    network, _ = load_network(run, seed, "trained")
+    num_heads = network.classifier.blocks[0].self_attn.heads
+    found, parts = matrices(run, seed, "trained").arrays("matrices"), []
+    for encoder in encoders:
+        booleans = found[f"{encoder}.attn"]
+        counts = heads.cooperation_counts(booleans, num_heads)
+        owner = heads.assign_labels(counts).owner
+        order = sorted(range(len(owner)), key=lambda label: (owner[label] % (num_heads + 1), -counts[:, label].max()))
+        summed = booleans.unflatten(0, (num_heads, -1)).sum(dim=1)[:, order][:, :, order]
+        for head, matrix in enumerate(summed):
+            table = pd.DataFrame(matrix.numpy()).rename_axis("input").reset_index()
+            table = table.melt("input", var_name="output", value_name="nodes")
+            owned = (owner[order] == head).numpy()[table.input]
+            parts.append(table.assign(encoder=encoder, head=head, owned=owned))
+    return pd.concat(parts, ignore_index=True)[["encoder", "head", "input", "output", "nodes", "owned"]]
 
 
 def head_clusters(run: Run) -> pd.DataFrame:
@@ -114,7 +135,7 @@ def _heads(run: Run, seed: int, kind: str) -> Stage:
                 mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
                 summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
                 gaps.append(draws)
-                generator = training.generator(seed, "dealt owners", encoder)
+                generator = training.generator(seed, "reassigned owners", encoder)
                 dealt.append(heads.dealt_gaps(drop, labels, owner, s.permutations, generator))
                 summary["gap_null_high"] = interval(dealt[-1])[1]
                 summary["first_mean_gap"] = math.nan
@@ -177,7 +198,7 @@ def cooperation(run: Run) -> pd.DataFrame:
 
     seed, encoder, nodes (`head` or `dealt`), draw, size (nodes of a set), whole (bool: all nodes of a head; with more,
     all of the encoder, asked about the same labels: some heads' labels are harder than others'), and as means over the
-    labels that have an owner: own (share of a label's images that nodes of its owner answer rightly), others
+    labels that have an owner: own (share of a label's images that nodes of its owner answer correctly), others
     (that nodes of another head do), singles (what `own` would be if single nodes added up: 1/L + the sum of what each
     has above 1/L), choice (share of the owner's other labels that get a smaller field than the image's own: 0.5 by
     chance, and blind to a shift of all answers towards a head's labels).
@@ -225,7 +246,7 @@ def _cooperation(run: Run, seed: int) -> Stage:
 
 def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     """Is the division of labels the same for every seed? One row per encoder and pair of seeds: share of labels that
-    the best matching of heads gives to the same head, and its mean and 97.5 % over dealt labels; empty for one seed."""
+    the best matching of heads gives to the same head, and mean and 97.5 % over randomly assigned ones; none for one seed."""
     rows, seeds = [], run.settings.seeds
     owned = labels[labels.owner & (labels.network == "trained")]
     for encoder, part in owned.groupby("encoder"):
@@ -243,7 +264,7 @@ def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
 
 def owners_of_superclasses(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     """Which labels go to one head? Share of the pairs of labels of one superclass that have the same owner, with its
-    mean and 97.5 % quantile over dealt labels; one row per seed and encoder, none for labels without superclasses."""
+    mean and 97.5 % quantile over reassigned labels; one row per seed and encoder, none without superclasses."""
     groups, rows = superclasses(run.images.classes), []
     owned = labels[labels.owner & (labels.network == "trained")]
     for (seed, encoder), part in owned.groupby(["seed", "encoder"]) if groups is not None else ():

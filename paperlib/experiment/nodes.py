@@ -39,7 +39,7 @@ GROUP_L2 = 1e-3  # the penalty in the group's code, on activations that are not 
 def readout(run: Run, seed: int, kind: str) -> Stage:
     """Stage: the readouts of one network, trained on the kept training images, and what one pass over the test images
     and one over the held-out images give. kind is one of `networks.kinds`, or `shuffled`: the trained network with its
-    readouts trained on labels dealt to other images.
+    readouts trained on randomly reassigned labels.
 
     weights: tap -> readout (L, T, D); fields_test, fields_held_out (of `_unseen_taps`): tap -> field matrices
     (D, L, L); correct: tap -> (n_test,) bool and heads/tap -> (n_test, H) bool.
@@ -261,8 +261,8 @@ def example_node(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
     field = found.arrays("fields")[f"{chosen.encoder}/typical"]
     boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
     place = f"encoder {chosen.encoder}, {kind}, node {chosen.node}, seed {seed}"
-    clusters, name = snp.label_clusters(boolean), run.images.name
-    return figures.node_matrix(field, boolean, clusters, run.images.classes, name, place), pd.DataFrame(field.numpy())
+    clusters = snp.label_clusters(boolean)
+    return figures.node_matrix(field, boolean, clusters, run.images, place), pd.DataFrame(field.numpy())
 
 
 def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
@@ -273,7 +273,7 @@ def node_gallery(run: Run, seed: int, kind: str) -> tuple[Figure, pd.DataFrame]:
         field = fields[f"{row.encoder}/{row.which}"]
         boolean = snp.boolean_matrices(field[None], run.settings.threshold)[0]
         panels[f"encoder {row.encoder}", row.which] = (field, snp.label_clusters(boolean))
-    return figures.node_gallery(panels, run.images.name, f"{kind}, seed {seed}"), table
+    return figures.node_gallery(panels, run.images.classes, run.images.name, f"{kind}, seed {seed}"), table
 
 
 def examples(run: Run, seed: int, kind: str) -> Stage:

@@ -206,7 +206,7 @@ def _pruning(run: Run, seed: int, layers: str, threshold: float) -> Stage:
 def why_filters(half: Run) -> pd.DataFrame:
     """Stage for every seed: is it the signs of what ANDC removes from a CNN that costs accuracy, or statistics of batch
     norm that no longer fit? ANDC's masks, random ones, and random ones that remove as many kernels with a negative sum
-    as ANDC does, straight after pruning and with batch norm's statistics taken anew from up to 5,000 training images.
+    as ANDC does, right after pruning and with batch norm's statistics taken anew from up to 5,000 training images.
 
     seed, threshold, method (andc, random, same signs), dilution, accuracy, refreshed_accuracy (0..1). The smallest
     thresholds of the sweep: at larger ones nothing is left to compare.
@@ -238,7 +238,7 @@ def _why_filters(half: Run, seed: int) -> Stage:
 
 def why_ff(run: Run) -> pd.DataFrame:
     """Stage for every seed: is it the signal of what ANDC removes from the FF layers that is missed, or its mean?
-    ANDC's masks and one draw of random and permuted ones, straight after pruning, and with biases by which the pruned
+    ANDC's masks and one draw of random and permuted ones, right after pruning, and with biases by which the pruned
     layers say on average what they said before (`andc.keep_means`, on up to 1,000 held-out training images).
 
     seed, threshold, method (andc, random, permuted), dilution, accuracy, kept_means_accuracy (0..1, on the share of the
@@ -357,7 +357,7 @@ def _masks(run: Run, network: nn.Module, found: dict, norms: dict, seed: int, la
 def _before_and_after(
     network: nn.Module, masks: dict[str, Tensor], images: Images, what: str, mend: Callable, part: slice = slice(None)
 ) -> dict[str, float]:
-    """Dilution, and accuracy on a part of the test images straight after pruning and after `mend(pruned network)`."""
+    """Dilution, and accuracy on a part of the test images right after pruning and after `mend(pruned network)`."""
     pruned = andc.apply_masks(copy.deepcopy(network), masks)
     row = {"dilution": andc.dilution(masks), "accuracy": right_answers(pruned, images, part).float().mean().item()}
     mend(pruned)

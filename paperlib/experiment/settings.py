@@ -24,6 +24,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
 Penalty = Annotated[Number, Field(ge=0)]
 
+WALK = "walk"  # where the figures of a profile's own settings go
 BASE = "base"  # the profile that every other one starts from
 
 
@@ -218,14 +219,29 @@ def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     held = data.hold_out(images, settings.held_out)  # finds a label with too few images
     images = held if settings.blind else images
     check_batches(settings, len(images.x_train))
-    folder = folder_of("runs") / profile
-    changed = bool(changes) and settings != load_settings(profile)
-    output = folder / (f"changed-{_short_hash(settings)}" if changed else "walk")
+    output = _output(profile, settings)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{output} cannot be made ({error.strerror}): set PAPERLIB_RUNS elsewhere") from error
-    return Run(profile, settings, images, folder / "stages", output, committed_stages(profile))
+    return Run(profile, settings, images, output.parent / "stages", output, committed_stages(profile))
+
+
+def results(profile: str, changes: dict[str, Any] | None = None) -> Path:
+    """The folder with figures, tables and summary.json of a walk, or, where there was none, of the published results.
+    ValueError where there are neither."""
+    settings = load_settings(profile, changes)
+    walked, published = _output(profile, settings), root() / "figures" / profile
+    for folder in (walked, *([] if walked.name != WALK else [published])):
+        if (folder / "summary.json").exists():
+            return folder
+    raise ValueError(f"there are no results of {profile} with these settings: start with ./run_all.sh {profile}")
+
+
+def _output(profile: str, settings: Settings) -> Path:
+    """Where a walk's figures go: with changed settings, into a folder of their own."""
+    changed = settings != load_settings(profile)
+    return folder_of("runs") / profile / (f"changed-{_short_hash(settings)}" if changed else WALK)
 
 
 def committed_stages(profile: str) -> Path:

@@ -1,0 +1,256 @@
+"""Tables -> plain answers: for each claim, and for each picture, one sentence with the number that a reader remembers.
+
+The words come from the verdict (`claims`), the numbers from the tables behind the figures, so that an answer never says
+more than what was measured. Accuracies are in points, SNR in units of 1 (no information).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from paperlib import claims, files
+
+# claim -> (the abstract's claim in short, the notebook that shows it)
+CLAIMS = {
+    "C1": ("CNNs and transformers share the mechanism", "05_cnn_counterpart"),
+    "C2": ("each node identifies small clusters of labels", "02_snr_per_encoder"),
+    "C3": ("features sharpen along the encoders", "02_snr_per_encoder"),
+    "C4": ("ANDC pruning does not affect the accuracy", "03_andc_pruning"),
+    "C5": ("each head becomes expert in its own labels", "04_head_modus_vivendi"),
+    "C6": ("accuracy follows from single nodes", "02_snr_per_encoder"),
+}
+NOT_YET = "not measured yet"  # a claim whose notebook is not among those of the run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A claim's answer: the verdict in words, what that means, and a number beside its null."""
+
+    verdict: str
+    words: str = ""
+    number: str = ""
+
+
+def answers(folder: Path) -> dict[str, Answer]:
+    """Claim -> answer, from the summary.json and the tables of a walk, or of a profile's published results."""
+    path = folder / "summary.json"
+    summary = files.read_json(path) if path.exists() else {"verdicts": []}
+    verdicts, found = claims.of_claims(summary["verdicts"]), {}
+    for claim in CLAIMS:
+        if claim not in verdicts:
+            found[claim] = Answer(NOT_YET)
+            continue
+        table, answer = ANSWERS[claim]
+        found[claim] = Answer(verdicts[claim], *answer(pd.read_csv(folder / f"{table}.csv"), summary))
+    return found
+
+
+def _depth(curves: pd.DataFrame, threshold: float, column: str = "snr") -> pd.DataFrame:
+    """Mean over seeds at one threshold, raw: index (half or tap, network), columns in the order of depth."""
+    at = curves[(curves.threshold == threshold) & ~curves.centred]
+    group = "half" if "half" in curves else "tap"
+    return at.groupby([group, "network", "encoder"])[column].mean().unstack()
+
+
+def _ends(curve: pd.Series) -> str:
+    curve = curve.dropna()
+    return f"{curve.iloc[0]:.1f} → {curve.iloc[-1]:.1f}"
+
+
+def _unified(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    curves = _depth(table, summary["config"]["threshold"])
+    grow = [curves.loc[half, "trained"].dropna().iloc[[0, -1]].diff().iloc[-1] > 0 for half in ("cct", "cnn")]
+    words = {2: "SNR grows with depth in both", 1: "SNR grows with depth in one only", 0: "SNR grows in neither"}
+    trained = ", ".join(
+        f"{name} {_ends(curves.loc[half, 'trained'])}" for half, name in (("cct", "CCT"), ("cnn", "CNN"))
+    )
+    return words[sum(grow)], f"SNR {trained}; random {curves.xs('random', level='network').stack().mean():.1f}"
+
+
+def _clusters(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    taps = table[table.tap.isin(summary["config"]["taps"])]
+    snr = _depth(taps, summary["config"]["threshold"])
+    size = (
+        _depth(taps, summary["config"]["threshold"], "pooled_cluster_size").xs("trained", level="network").stack().max()
+    )
+    trained, random = (snr.xs(kind, level="network").stack() for kind in ("trained", "random"))
+    lowest = (trained - random).idxmin()
+    return (
+        f"clusters of at most {size:.1f} labels",
+        f"SNR at least {trained[lowest]:.2f}; random weights {random[lowest]:.2f}",
+    )
+
+
+def _sharpening(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    curves = _depth(table, summary["config"]["threshold"]).loc["block"]
+    trained = curves.loc["trained"].dropna()
+    growth, last = trained.iloc[-1] - trained.iloc[0], trained.iloc[-1] - trained.iloc[-2]
+    words = (
+        f"{100 * last / growth:.0f} % of the growth in the last encoder"
+        if growth > 0
+        else "SNR falls along the encoders"
+    )
+    return words, f"SNR {_ends(trained)}; random weights {_ends(curves.loc['random'])}"
+
+
+def _pruning(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    part = table[table.layers == "ff"]
+    part = part[part.threshold == part.threshold.min()]
+    accuracy = 100 * part.groupby("method").accuracy.mean()
+    than = "better" if accuracy["andc"] > accuracy["random"] else "worse"
+    methods = (("andc", "ANDC"), ("random", "random"), ("magnitude", "largest weights"))
+    rest = ", ".join(f"{name} {accuracy[method]:.0f} %" for method, name in methods)
+    return f"{than} than random masks", f"{100 * part.dilution.mean():.0f} % removed: {rest}"
+
+
+def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    rows = pd.DataFrame(summary["results"]["04_head_modus_vivendi"]["encoders"])
+    rows = rows[rows.network == "trained"].set_index("encoder")
+    beaten = rows.index[rows.gap > rows.gap_null_high]
+    words = f"in {len(beaten)} of {len(rows)} encoders" if len(beaten) else "in no encoder"
+    last = 100 * rows.iloc[-1]
+    return words, f"silenced head: own labels {-last.own_drop:+.1f} points, others {-last.other_drop:+.1f}"
+
+
+def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    rows = table[table.encoder > 1]
+    whole = rows[rows["size"] == rows["size"].max()]
+    errors = [100 * (whole[column] - whole.measured).abs().mean() for column in ("predicted", "only_size")]
+    ranks = rows[rows["size"] < rows["size"].max()].groupby("seed")[["predicted", "measured"]].corr("spearman")
+    rank = ranks.xs("measured", level=1).predicted.mean()
+    size = "yes" if errors[0] < errors[1] else "no"
+    number = f"rank correlation {rank:.2f}; whole encoders missed by {errors[0]:.0f} points"
+    return f"ranking {'yes' if rank > 0.8 else 'no'}, size {size}", number
+
+
+Reader = Callable[[pd.DataFrame, dict], tuple[str, str]]
+ANSWERS: dict[str, tuple[str, Reader]] = {
+    "C1": ("two_halves", _unified),
+    "C2": ("snr_per_encoder", _clusters),
+    "C3": ("snr_per_encoder", _sharpening),
+    "C4": ("accuracy_against_dilution", _pruning),
+    "C5": ("head_experts", _heads),
+    "C6": ("predicted_accuracies", _macroscopic),
+}
+
+
+def unified(taps: pd.DataFrame, threshold: float) -> str:
+    """Of the CCT's encoders and the CNN's layers."""
+    words, number = _unified(taps, {"config": {"threshold": threshold}})
+    return f"{words}: {number}."
+
+
+def learned(curves: pd.DataFrame) -> str:
+    """Of the learning curves of several seeds."""
+    last = curves.groupby("seed").last()
+    low, high = 100 * last.test_accuracy.min(), 100 * last.test_accuracy.max()
+    return f"Test accuracy {low:.1f} to {high:.1f} % after {last.epoch.max()} epochs (seeds: {len(last)})."
+
+
+def sharpened(taps: pd.DataFrame, threshold: float) -> str:
+    """Of accuracy and SNR of `block` along the encoders."""
+    snr, accuracy = (_depth(taps, threshold, column).loc["block"] for column in ("snr", "accuracy"))
+    trained, random = snr.loc["trained"].dropna(), snr.loc["random"].dropna()
+    moves = "rises" if trained.iloc[-1] > trained.iloc[0] else "falls"
+    ends = (100 * accuracy.loc["trained"].dropna()).iloc[[0, -1]].to_numpy()
+    return (
+        f"SNR of block {moves} from {trained.iloc[0]:.2f} to {trained.iloc[-1]:.2f} while accuracy goes from "
+        f"{ends[0]:.0f} to {ends[1]:.0f} %; with random weights SNR is {random.min():.2f} to {random.max():.2f}."
+    )
+
+
+def thresholds(table: pd.DataFrame) -> str:
+    """Of `claims.at_thresholds`: does the threshold decide?"""
+    block = table.loc["block"].sharpens
+    return f"SNR of block sharpens at {int(block.sum())} of {len(block)} thresholds."
+
+
+def spread(nodes: pd.DataFrame, tap: str = "block") -> str:
+    """Of the nodes of one tap in the last encoder."""
+    part = nodes[(nodes.tap == tap) & (nodes.network == "trained")]
+    low, middle, high = part[part.encoder == part.encoder.max()].labels.quantile([0.025, 0.5, 0.975])
+    half = f"In the last encoder half of the nodes recognise at most {middle:.0f} labels"
+    return f"{half}; 95 % recognise {low:.0f} to {high:.0f}."
+
+
+def penalised(table: pd.DataFrame, tap: str = "block") -> str:
+    """Of the readouts' penalties: does SNR grow with each of them?"""
+    part = table[(table.tap == tap) & (table.network == "trained") & (table.epochs == table.epochs.max())]
+    ends = part.sort_values("encoder").groupby("l2").snr.agg(["first", "last"])
+    growth = ends["last"] - ends["first"]
+    grown = f"{int((growth > 0).sum())} of {len(growth)} penalties"
+    return f"SNR of {tap} grows with {grown}, by {growth.min():.1f} to {growth.max():.1f}."
+
+
+def paired(pairs: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """Of the labels that share a cluster most often."""
+    if not len(pairs):
+        return "No two labels share a cluster."
+    first = pairs.iloc[0]
+    text = f"Most often together: {first.label} and {first.other}, in clusters of {first.nodes} nodes."
+    if "share of pairs in one superclass" in summary.index:
+        share, most = summary.value["share of pairs in one superclass"], summary.value["permuted names, 97.5 %"]
+        text += f" {share:.1%} of pairs are of one superclass; with permuted names at most {most:.1%} (97.5 %)."
+    return text
+
+
+def prunable(largest: pd.DataFrame, part: str) -> str:
+    """Of `claims.largest_dilutions`: how far each method prunes one part for half a point."""
+    shares = {
+        method: "none" if pd.isna(value) else f"{value:.0%}" for method, value in largest.loc[part].straight.items()
+    }
+    said = ", ".join(f"{method} {share}" for method, share in shares.items())
+    return f"Removable for half a point, without retraining: {said}."
+
+
+def owned(labels: pd.DataFrame) -> str:
+    """Of the labels that each head owns in the last encoder, first seed."""
+    first = labels[(labels.network == "trained") & (labels.seed == labels.seed.min())]
+    own = first[(first.encoder == first.encoder.max()) & first.owner.astype(bool)]
+    return f"The heads of the last encoder own {', '.join(map(str, own.groupby('head').label.nunique()))} labels."
+
+
+def expert(labels: pd.DataFrame) -> str:
+    """Of the accuracy of owners alone and of silenced heads, one encoder."""
+    part = labels[labels.network == "trained"]
+    unseen = part.owner_unseen.astype(bool)
+    own, others = 100 * part[unseen].ablation_drop.mean(), 100 * part[~unseen].ablation_drop.mean()
+    return f"Without its owner a label loses {own:.1f} points, without another head {others:.1f}."
+
+
+def specialised(encoders: pd.DataFrame) -> str:
+    """Of the encoders in which heads specialise beyond chance, and in which ablation says so."""
+    rows = encoders[encoders.network == "trained"].groupby("encoder")[["excess", "gap", "gap_null_high"]].mean()
+    random = encoders[encoders.network == "random"].excess.max()
+    beyond, causal = int((rows.excess > random).sum()), int((rows.gap > rows.gap_null_high).sum())
+    return (
+        f"Heads specialise more than random weights in {beyond} of {len(rows)} encoders; silencing them hits their own "
+        f"labels, beyond randomly reassigned ones, in {causal}."
+    )
+
+
+def cooperating(summary: pd.DataFrame) -> str:
+    """Of whole heads in the last encoder (`heads.summary_of_cooperation`)."""
+    last = 100 * summary.iloc[-1]
+    return (
+        f"In the last encoder a whole head gets {last.own:.0f} % of its own labels' images right; as many nodes, "
+        f"randomly reassigned, get {last.own_dealt:.0f} %."
+    )
+
+
+def attentive(differences: pd.DataFrame) -> str:
+    """Of where heads look for own and other labels."""
+    beyond = (differences.difference > differences.dealt_high).sum()
+    return f"Attention on own labels differs more than by chance for {int(beyond)} of {len(differences)} heads."
+
+
+def stable(stability: pd.DataFrame) -> str:
+    """Of the owners of two seeds, last encoder."""
+    if not len(stability):
+        return "One seed: nothing to compare."
+    last = stability[stability.encoder == stability.encoder.max()]
+    return (
+        f"Two seeds give {last.overlap.mean():.0%} of the labels to matching heads; by chance {last.chance.mean():.0%}."
+    )
