@@ -84,7 +84,7 @@ def _pruning(axis, table: pd.DataFrame) -> None:
         colour, marker = figures.METHOD_STYLES[method]
         axis.plot([0, *curve.dilution], [whole, *100 * curve.accuracy], marker=marker, ms=5, label=name,
                   color="grey" if method == "random" else colour)  # fmt: skip
-    axis.set(xlabel="share of FF weights removed", ylabel="test accuracy (%)", ylim=(0, None))
+    axis.set(xlabel="share of FF weights removed", ylabel="test accuracy (%)", ylim=(0, 1.4 * whole))
     axis.legend(loc="upper right", fontsize=9)
 
 

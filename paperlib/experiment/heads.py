@@ -246,7 +246,7 @@ def _cooperation(run: Run, seed: int) -> Stage:
 
 def stability(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     """Is the division of labels the same for every seed? One row per encoder and pair of seeds: share of labels that
-    the best matching of heads gives to the same head, and mean and 97.5 % over randomly assigned ones; none for one seed."""
+    the best matching of heads gives to the same head, and mean and 97.5 % quantile by chance; none for one seed."""
     rows, seeds = [], run.settings.seeds
     owned = labels[labels.owner & (labels.network == "trained")]
     for encoder, part in owned.groupby("encoder"):
