@@ -1,0 +1,255 @@
+"""Features + labels -> the optimum of a linear readout: a convex problem, solved until its gradient says so.
+
+A readout is linear, without bias, from all T * D activations of a tap to the L labels (family). It is the minimum of
+mean cross-entropy + l2/2 |W|^2 on activations divided by their RMS (choice): one number, no schedule, no augmentation.
+The solver is L-BFGS with the leading directions of the features as preconditioner and an exact line search, which costs
+nothing, as logits are linear in W. Where bf16 is fast, it computes what the gradient has changed by since fp32 looked
+last, and fp32 looks again until its own gradient is small: the optimum is that of fp32.
+
+Shapes: n images, F = T * D features, L labels.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paperlib.training import fast_bf16
+
+GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
+MOST_TRIED = 9
+ROUGHLY = 1e-2  # tolerance while penalties are compared
+TOLERANCE = 1e-3  # largest norm of the gradient, over that at W = 0
+PAIRS = 40  # steps that L-BFGS remembers
+SKETCH = 300  # images from which the leading directions of the features are taken
+CHEAPLY = 0.03  # share of the gradient down to which bf16 is trusted, before fp32 looks again
+ROUNDS = 12  # times that fp32 looks
+STEPS = 200  # steps between two looks
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A readout's training data, and what depends on nothing else."""
+
+    features: Tensor  # (n, F), fp32
+    labels: Tensor  # (n,)
+    num_labels: int
+    scale: float  # RMS of the features
+    cheap: Tensor  # the features in bf16 where that is faster, else themselves
+    eigenvalues: Tensor  # (r,) of the scaled features' second moments, largest first
+    directions: Tensor  # (r, F), orthonormal
+    first: float  # norm of the gradient at W = 0
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """A solved readout."""
+
+    weight: Tensor  # (L, F), of features as they are
+    l2: float
+    objective: float
+    gradient: float  # norm over that at W = 0
+    steps: int
+    pairs: list[tuple[Tensor, Tensor]] = field(repr=False, default_factory=list)  # steps and gradients, to start from
+
+
+def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
+    """Check features (n, F), or activations (n, T, D), and labels (n,), and prepare them for `solve`.
+
+    Raises ValueError, in one sentence, for features that are not finite or the same for all images, and for a label
+    without images.
+    """
+    features = features.flatten(1)
+    counts = labels.bincount(minlength=num_labels)
+    if not counts.all():
+        raise ValueError(f"label {int(counts.argmin())} has no image to train a readout on: give every label some")
+    if not features.isfinite().all():
+        raise ValueError("features are not finite: the network has diverged, or its input has")
+    if torch.equal(features.amin(dim=0), features.amax(dim=0)):
+        raise ValueError("features are the same for all images, so no readout can learn from them: take another tap")
+    scale = features.square().mean().sqrt().item()
+    cheap = features.bfloat16() if fast_bf16(features.device.type) else features
+    rows = torch.linspace(0, len(features) - 1, min(SKETCH, len(features)), device=features.device).long()
+    sketch = features[rows] / scale
+    eigenvalues, vectors = torch.linalg.eigh(sketch @ sketch.T / len(rows))
+    kept = eigenvalues > 1e-6 * eigenvalues[-1]
+    eigenvalues, vectors = eigenvalues[kept].flip(0), vectors[:, kept].flip(1)
+    directions = (vectors / (len(rows) * eigenvalues).sqrt()).T @ sketch
+    found = Problem(features, labels, num_labels, scale, cheap, eigenvalues, directions, 1.0)
+    error = _error(features.new_zeros(len(features), num_labels), labels)
+    return Problem(**{**vars(found), "first": _gradient(found, error, features).norm().item()})
+
+
+def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: float = TOLERANCE) -> Optimum:
+    """The readout with penalty l2 > 0, from another one of the same problem, or from 0.
+
+    Raises ValueError for l2 <= 0, and RuntimeError if the gradient does not get below the tolerance.
+    """
+    if not 0 < l2 < float("inf"):
+        raise ValueError(f"a readout's penalty l2 must be larger than 0, not {l2}: without it there is no optimum")
+    weight = data.features.new_zeros(data.num_labels, data.features.shape[1])
+    pairs, steps, features, before = [], 0, data.cheap, float("inf")
+    if start is not None:
+        weight, pairs = start.weight * data.scale, list(start.pairs)
+    for _ in range(ROUNDS):
+        logits = data.features @ weight.T / data.scale
+        error = _error(logits, data.labels)
+        point = _Point(weight, logits, error, _gradient(data, error, data.features))
+        size = (point.slope + l2 * weight).norm().item() / data.first
+        if size <= tolerance:
+            objective = F.cross_entropy(logits, data.labels).item() + l2 / 2 * weight.square().sum().item()
+            return Optimum(weight / data.scale, l2, objective, size, steps, pairs)
+        if size > before / 2:
+            features = data.features  # bf16 does not get any further
+        target = tolerance / 2 if features is data.features else max(tolerance / 2, CHEAPLY * size)
+        weight, taken = _descend(data, features, l2, point, pairs, target)
+        steps, before = steps + taken, size
+    raise RuntimeError(f"a readout's gradient is still {size:.1e} of its first value after {steps} steps: raise l2")
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A weight and what is known there."""
+
+    weight: Tensor  # (L, F), of scaled features
+    logits: Tensor  # (n, L)
+    error: Tensor  # (n, L), the gradient of each image's cross-entropy
+    slope: Tensor  # (L, F), the gradient of their mean; the penalty's is not in it
+
+
+def _descend(
+    data: Problem, features: Tensor, l2: float, start: _Point, pairs: list[tuple[Tensor, Tensor]], target: float
+) -> tuple[Tensor, int]:
+    """L-BFGS steps in the precision of these features, until the gradient is small: (weight, steps). Only by how much
+    the gradient differs from the start's is computed in that precision. The newest steps are left in `pairs`."""
+    point, inverse = start, _preconditioner(data, l2, start.error)
+    known = [_curved(pair, l2) for pair in pairs]
+    most = STEPS if features is data.features else STEPS // 4
+    for step in range(most):
+        gradient = point.slope + l2 * point.weight
+        if gradient.norm() <= target * data.first:
+            return point.weight, step
+        direction = -_two_loops(gradient, known, inverse)
+        moved = (features @ direction.T.to(features.dtype)).float() / data.scale
+        length = _line_search(data, point, direction, moved, l2)
+        logits = point.logits + length * moved
+        error = _error(logits, data.labels)
+        slope = start.slope + _gradient(data, error - start.error, features)
+        pair = length * direction, slope - point.slope
+        if (pair[0] * pair[1]).sum() > 0:
+            pairs.append(pair)
+            known.append(_curved(pair, l2))
+            del pairs[:-PAIRS], known[:-PAIRS]
+        point = _Point(point.weight + pair[0], logits, error, slope)
+    return point.weight, most
+
+
+def _error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each image's cross-entropy: (n, L)."""
+    error = logits.softmax(dim=1)
+    error[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return error
+
+
+def _gradient(data: Problem, error: Tensor, features: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy, in the precision of these features: (L, F), fp32."""
+    return (error.T.to(features.dtype) @ features).float() / (len(features) * data.scale)
+
+
+def _preconditioner(data: Problem, l2: float, error: Tensor) -> Callable[[Tensor], Tensor]:
+    """An approximate inverse of the Hessian: right in the leading directions, if all images were equally uncertain."""
+    own = error.gather(1, data.labels[:, None])[:, 0]
+    uncertain = -(error.square().sum(dim=1) + 2 * own).mean() / data.num_labels  # mean of p (1 - p)
+    rest = 1 / (uncertain * data.eigenvalues[-1] + l2)
+    leading = 1 / (uncertain * data.eigenvalues + l2) - rest
+
+    def inverse(gradient: Tensor) -> Tensor:
+        return rest * gradient + ((gradient @ data.directions.T) * leading) @ data.directions
+
+    return inverse
+
+
+def _curved(pair: tuple[Tensor, Tensor], l2: float) -> tuple[Tensor, Tensor, float]:
+    """A step, by how much it changes the gradient, and their product. Pairs are kept without the penalty, so that they
+    serve any."""
+    step, slope = pair
+    change = slope + l2 * step
+    return step, change, (step * change).sum().item()
+
+
+def _two_loops(gradient: Tensor, known: list, inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    """The inverse Hessian times the gradient, by L-BFGS."""
+    found, shares = gradient.clone(), []
+    for step, change, product in reversed(known):
+        shares.append((step * found).sum().item() / product)
+        found.sub_(change, alpha=shares[-1])
+    found = inverse(found)
+    if known:
+        _, change, product = known[-1]
+        found *= product / (change * inverse(change)).sum()
+    for (step, change, product), share in zip(known, reversed(shares), strict=True):
+        found.add_(step, alpha=share - (change * found).sum().item() / product)
+    return found
+
+
+def _line_search(data: Problem, point: _Point, direction: Tensor, moved: Tensor, l2: float) -> float:
+    """The length of a step that minimises the objective along a direction, by Newton's method in one variable; moved:
+    by how much a step of length 1 moves the logits."""
+    along = l2 * (point.weight * direction).sum() - moved.gather(1, data.labels[:, None]).mean()
+    bend = l2 * direction.square().sum()
+    length = 1.0
+    for _ in range(20):
+        share = (point.logits + length * moved).softmax(dim=1)
+        mean = (share * moved).sum(dim=1)
+        slope = mean.mean() + along + length * bend
+        curvature = (share * moved.square()).sum(dim=1).sub(mean.square()).mean() + bend
+        change = (slope / curvature).item()
+        length = length - change if change < length else length / 2
+        if abs(change) < 0.01 * length:
+            break
+    return length
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The readout whose penalty held-out images prefer, and those at a third and three times of it."""
+
+    best: Optimum
+    third: Optimum
+    triple: Optimum
+    tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
+
+
+def choose(
+    data: Problem, held_out: Tensor, labels: Tensor, grid: Iterable[float] = GRID, log: Callable[[str], None] = print
+) -> Choice:
+    """The penalty of a grid with the highest accuracy on held-out features (m, F), labels (m,), and its readout.
+
+    Penalties are tried from the largest down, each from the optimum before, until accuracy has fallen twice. A best one
+    at the edge of the grid is not believed: the grid is extended by decades, and the log says so. Of equally accurate
+    penalties the largest is taken.
+    """
+    held_out, tried, found = held_out.flatten(1), {}, None
+
+    def score(l2: float, start: Optimum | None) -> Optimum:
+        solved = solve(data, l2, start, ROUGHLY)
+        accuracy = (held_out @ solved.weight.T).argmax(dim=1).eq(labels).float().mean().item()
+        tried[l2] = {"l2": l2, "accuracy": accuracy, "steps": solved.steps}
+        return solved
+
+    def best() -> float:
+        return max(tried, key=lambda l2: (tried[l2]["accuracy"], l2))
+
+    for l2 in sorted(grid, reverse=True):
+        found = score(l2, found)
+        if l2 < best() and sum(other < best() for other in tried) == 2:
+            break
+    for edge, factor in ((max, 10.0), (min, 0.1)):
+        while best() == edge(tried) and len(tried) < MOST_TRIED:
+            log(f"the best penalty {best():g} is the last of the grid: trying {best() * factor:g}, too")
+            found = score(best() * factor, found)
+    triple = solve(data, 3 * best(), found)
+    solved = solve(data, best(), triple)
+    return Choice(solved, solve(data, best() / 3, solved), triple, [tried[l2] for l2 in sorted(tried)])

@@ -1,0 +1,148 @@
+"""Readouts at their optimum: as other solvers find it, whatever the precision, the start and the basis of the nodes."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paperlib import optimum
+
+
+def case(n=120, features=30, labels=5, seed=0, offset=2.0):
+    """Features that tell labels apart in part, with a large common mean, as activations have it."""
+    random = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % labels
+    centres = torch.randn(labels, features, generator=random)
+    return 3 * (centres[y] + 1.5 * torch.randn(n, features, generator=random) + offset), y
+
+
+def objective(weight, x, y, l2):
+    """Written out with loops over images, in float64, for features over their RMS."""
+    scale = float((x.double() ** 2).mean().sqrt())
+    total = 0.0
+    for row, label in zip(x.double().numpy() / scale, y.tolist(), strict=True):
+        logits = weight @ row
+        total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label]
+    return total / len(x) + l2 / 2 * (weight**2).sum()
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def precision(request, monkeypatch):
+    monkeypatch.setattr(optimum, "fast_bf16", lambda device: request.param == "bf16")
+
+
+@pytest.mark.parametrize("l2", [1.0, 0.03, 1e-3])
+def test_scipy_finds_no_lower_objective(l2, precision):
+    x, y = case(n=60, features=12)
+    found = optimum.solve(optimum.problem(x, y, 5), l2)
+    shape = (5, x.shape[1])
+    start = np.zeros(shape).ravel()
+    best = scipy.optimize.minimize(lambda w: objective(w.reshape(shape), x, y, l2), start, method="BFGS", tol=1e-6)
+    scale = x.square().mean().sqrt().item()
+    own = objective(found.weight.double().numpy() * scale, x, y, l2)
+    assert own == pytest.approx(best.fun, abs=1e-5) and found.objective == pytest.approx(own, abs=1e-5)
+    assert found.gradient <= optimum.TOLERANCE
+
+
+def test_scikit_learn_finds_the_same(precision):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = case(n=300, features=40)
+    scaled = x / x.square().mean().sqrt()
+    l2 = 0.01
+    theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), fit_intercept=False, tol=1e-8, max_iter=5000)
+    theirs.fit(scaled.numpy(), y.numpy())
+    ours = optimum.solve(optimum.problem(x, y, 5), l2)
+    assert ours.objective == pytest.approx(objective(theirs.coef_.astype(float), x, y, l2), abs=1e-5)
+
+
+@given(seed=st.integers(0, 1000), l2=st.sampled_from([0.3, 0.01]))
+@settings(max_examples=15, deadline=None)
+def test_the_optimum_has_no_memory(seed, l2):
+    """It depends neither on where the path came from nor on the order of images."""
+    x, y = case(seed=seed)
+    data = optimum.problem(x, y, 5)
+    direct = optimum.solve(data, l2, tolerance=1e-5)
+    along = optimum.solve(data, l2, optimum.solve(data, 100 * l2), tolerance=1e-5)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    shuffled = optimum.solve(optimum.problem(x[order], y[order], 5), l2, tolerance=1e-5)
+    for other in (along, shuffled):
+        assert torch.allclose(direct.weight, other.weight, atol=2e-3 * direct.weight.abs().max().item())
+
+
+def test_rotated_features_have_the_rotated_optimum():
+    """The penalty does not see the basis, so a rotated readout need not be solved again."""
+    x, y = case()
+    rotation = torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(1)))[0]
+    native = optimum.solve(optimum.problem(x, y, 5), 0.01, tolerance=1e-5)
+    rotated = optimum.solve(optimum.problem(x @ rotation, y, 5), 0.01, tolerance=1e-5)
+    assert torch.allclose(native.weight @ rotation, rotated.weight, atol=2e-3 * native.weight.abs().max().item())
+
+
+def test_features_in_another_unit_have_the_same_answers():
+    x, y = case()
+    weights = [optimum.solve(optimum.problem(unit * x, y, 5), 0.1, tolerance=1e-5).weight for unit in (1.0, 1e-4)]
+    assert torch.allclose(weights[0], 1e-4 * weights[1], atol=2e-3 * weights[0].abs().max().item())
+
+
+def test_activations_are_flattened():
+    x, y = case()
+    whole, flat = (optimum.solve(optimum.problem(part, y, 5), 0.1).weight for part in (x.unflatten(1, (3, 10)), x))
+    assert torch.equal(whole, flat)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, y: (x.index_fill(1, torch.tensor([3]), torch.nan), y), "features are not finite"),
+        (lambda x, y: (x[:1].expand(len(x), -1), y), "same for all images"),
+        (lambda x, y: (x, y.where(y != 2, 1)), "label 2 has no image"),
+    ],
+    ids=["nan", "constant", "no image"],
+)
+def test_bad_features_are_named(change, words, refuses):
+    with refuses(words):
+        optimum.problem(*change(*case()), 5)
+
+
+@pytest.mark.parametrize("l2", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_penalty_is_a_positive_number(l2, refuses):
+    with refuses("must be larger than 0"):
+        optimum.solve(optimum.problem(*case(), 5), l2)
+
+
+def test_a_label_may_be_the_only_one_to_be_rare():
+    x, y = case(n=61)
+    y = y.where(y != 4, 0)
+    y[-1] = 4
+    assert optimum.solve(optimum.problem(x, y, 5), 0.1).gradient <= optimum.TOLERANCE
+
+
+# --- the penalty
+
+
+def held_out_case():
+    x, y = case(n=400, seed=3)
+    return optimum.problem(x[:200], y[:200], 5), x[200:], y[200:]
+
+
+def test_held_out_images_choose_the_penalty():
+    data, x, y = held_out_case()
+    chosen = optimum.choose(data, x, y, log=lambda text: None)
+    scores = {row["l2"]: row["accuracy"] for row in chosen.tried}
+    assert chosen.best.l2 == max(scores, key=lambda l2: (scores[l2], l2))
+    assert min(scores) < chosen.best.l2 < max(scores)
+    assert (chosen.third.l2, chosen.triple.l2) == (chosen.best.l2 / 3, 3 * chosen.best.l2)
+    for solved in (chosen.best, chosen.third, chosen.triple):
+        assert solved.gradient <= optimum.TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [[1e-4, 1e-5], [1e4, 1e3]], ids=["too small", "too large"])
+def test_the_edge_of_a_grid_is_not_believed(grid):
+    data, x, y = held_out_case()
+    said = []
+    chosen = optimum.choose(data, x, y, grid, said.append)
+    assert said and all("the last of the grid" in line for line in said)
+    scores = [row["accuracy"] for row in chosen.tried]
+    assert len(scores) > 2 and max(scores) not in (scores[0], scores[-1]) or len(scores) == optimum.MOST_TRIED
