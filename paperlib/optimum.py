@@ -19,10 +19,11 @@ from torch import Tensor
 from paperlib.training import fast_bf16
 
 GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
-MOST_TRIED = 9
 ROUGHLY = 1e-2  # tolerance while penalties are compared
 TOLERANCE = 1e-3  # largest norm of the gradient, over that at W = 0
+CERTAIN = 50  # times TOLERANCE: largest norm of the gradient over that of the penalty's, which bounds the error of W
 PAIRS = 40  # steps that L-BFGS remembers
+FEW = 5000  # images that may be taken as a basis of their features
 SKETCH = 300  # images from which the leading directions of the features are taken
 CHEAPLY = 0.03  # share of the gradient down to which bf16 is trusted, before fp32 looks again
 ROUNDS = 12  # times that fp32 looks
@@ -41,6 +42,7 @@ class Problem:
     eigenvalues: Tensor  # (r,) of the scaled features' second moments, largest first
     directions: Tensor  # (r, F), orthonormal
     first: float  # norm of the gradient at W = 0
+    basis: Tensor | None  # (n, F), orthonormal: the features are coordinates in it, where images are few
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Optimum:
     objective: float
     gradient: float  # norm over that at W = 0
     steps: int
-    pairs: list[tuple[Tensor, Tensor]] = field(repr=False, default_factory=list)  # steps and gradients, to start from
+    coordinates: Tensor = field(repr=False)  # the weight as it was solved, to start from
+    pairs: list[tuple[Tensor, Tensor]] = field(repr=False)  # steps and gradients, to start from
 
 
 def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
@@ -69,7 +72,10 @@ def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
         raise ValueError("features are not finite: the network has diverged, or its input has")
     if torch.equal(features.amin(dim=0), features.amax(dim=0)):
         raise ValueError("features are the same for all images, so no readout can learn from them: take another tap")
-    scale = features.square().mean().sqrt().item()
+    scale, basis = features.square().mean().sqrt().item(), None
+    if len(features) <= min(features.shape[1] // 2, FEW):  # the optimum is a combination of images
+        basis, coordinates = torch.linalg.qr(features.T)
+        features, basis = coordinates.T.contiguous(), basis.T
     cheap = features.bfloat16() if fast_bf16(features.device.type) else features
     rows = torch.linspace(0, len(features) - 1, min(SKETCH, len(features)), device=features.device).long()
     sketch = features[rows] / scale
@@ -77,13 +83,16 @@ def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
     kept = eigenvalues > 1e-6 * eigenvalues[-1]
     eigenvalues, vectors = eigenvalues[kept].flip(0), vectors[:, kept].flip(1)
     directions = (vectors / (len(rows) * eigenvalues).sqrt()).T @ sketch
-    found = Problem(features, labels, num_labels, scale, cheap, eigenvalues, directions, 1.0)
+    found = Problem(features, labels, num_labels, scale, cheap, eigenvalues, directions, 1.0, basis)
     error = _error(features.new_zeros(len(features), num_labels), labels)
     return Problem(**{**vars(found), "first": _gradient(found, error, features).norm().item()})
 
 
 def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: float = TOLERANCE) -> Optimum:
     """The readout with penalty l2 > 0, from another one of the same problem, or from 0.
+
+    It is solved if its gradient is at most `tolerance` of that at W = 0, and so small beside the penalty's that, by
+    strong convexity, W lies within 50 * tolerance (5 %) of the optimum.
 
     Raises ValueError for l2 <= 0, and RuntimeError if the gradient does not get below the tolerance.
     """
@@ -92,18 +101,22 @@ def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: flo
     weight = data.features.new_zeros(data.num_labels, data.features.shape[1])
     pairs, steps, features, before = [], 0, data.cheap, float("inf")
     if start is not None:
-        weight, pairs = start.weight * data.scale, list(start.pairs)
+        weight, pairs = start.coordinates * data.scale, list(start.pairs)
     for _ in range(ROUNDS):
         logits = data.features @ weight.T / data.scale
         error = _error(logits, data.labels)
         point = _Point(weight, logits, error, _gradient(data, error, data.features))
-        size = (point.slope + l2 * weight).norm().item() / data.first
-        if size <= tolerance:
+        size, pull = (part.norm().item() / data.first for part in (point.slope + l2 * weight, l2 * weight))
+        bound = tolerance * min(1.0, CERTAIN * pull)
+        if size <= bound:
             objective = F.cross_entropy(logits, data.labels).item() + l2 / 2 * weight.square().sum().item()
-            return Optimum(weight / data.scale, l2, objective, size, steps, pairs)
+            coordinates = weight / data.scale
+            whole = coordinates if data.basis is None else coordinates @ data.basis
+            return Optimum(whole, l2, objective, size, steps, coordinates, pairs)
         if size > before / 2:
             features = data.features  # bf16 does not get any further
-        target = tolerance / 2 if features is data.features else max(tolerance / 2, CHEAPLY * size)
+        target = bound / 2 or tolerance / 2  # at W = 0 there is no bound yet
+        target = target if features is data.features else max(target, CHEAPLY * size)
         weight, taken = _descend(data, features, l2, point, pairs, target)
         steps, before = steps + taken, size
     raise RuntimeError(f"a readout's gradient is still {size:.1e} of its first value after {steps} steps: raise l2")
@@ -247,9 +260,11 @@ def choose(
         if l2 < best() and sum(other < best() for other in tried) == 2:
             break
     for edge, factor in ((max, 10.0), (min, 0.1)):
-        while best() == edge(tried) and len(tried) < MOST_TRIED:
-            log(f"the best penalty {best():g} is the last of the grid: trying {best() * factor:g}, too")
-            found = score(best() * factor, found)
+        while (last := best()) == edge(tried):
+            log(f"the best penalty {last:g} is the last of the grid: trying {last * factor:g}, too")
+            found = score(last * factor, found)
+            if tried[last * factor]["accuracy"] <= tried[last]["accuracy"]:
+                break
     triple = solve(data, 3 * best(), found)
     solved = solve(data, best(), triple)
     return Choice(solved, solve(data, best() / 3, solved), triple, [tried[l2] for l2 in sorted(tried)])

@@ -57,6 +57,29 @@ def split_offset(fields: Tensor) -> tuple[Tensor, Tensor]:
     return fields - offset, share
 
 
+def rotations(nodes: int, draws: int, generator: torch.Generator, groups: int = 1) -> Tensor:
+    """Random orthogonal matrices over the nodes of a tap, within each of so many groups of equal size that lie side by
+    side (heads): (draws, D, D). Rotated nodes are the null of single ones (choice): they carry the same information."""
+    check_rotation(nodes, groups)
+    size = nodes // groups
+    normal = torch.randn(draws, groups, size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(normal)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # so that all rotations are equally likely
+    return torch.stack([torch.block_diag(*part) for part in q.float()])
+
+
+def check_rotation(nodes: int, groups: int = 1) -> None:
+    """Raise ValueError if there is nothing to rotate."""
+    if nodes < 2 * groups:
+        raise ValueError(f"{nodes} nodes in {groups} groups leave nothing to rotate: a tap needs two nodes in each")
+
+
+def rotated(values: Tensor, rotation: Tensor) -> Tensor:
+    """Readout or class means (..., D) of rotated nodes. A readout and activations that are rotated alike answer as
+    before, and as the L2 penalty does not see a rotation, a rotated optimum is the optimum for rotated nodes."""
+    return values @ rotation.to(values)
+
+
 def boolean_matrices(fields: Tensor, threshold: float = 0.3) -> Tensor:
     """(D, L, L) -> (D, L, L) bool: fields above `threshold` (in 0..1, strictly) times the node's own maximum (code).
 
@@ -111,6 +134,32 @@ def clustered_pairs(booleans: Tensor) -> Tensor:
     for cluster in cluster_labels(booleans):
         pairs += (cluster[:, None] == cluster) & (cluster >= 0)
     return pairs.fill_diagonal_(0)
+
+
+def mutual_confusions(booleans: Tensor) -> Tensor:
+    """Mutual confusions of each node, found and by chance: (D, L, L) bool -> (D, 2).
+
+    Ordered pairs of labels that the node recognises and that answer to each other; by chance, if the ones off the
+    diagonal lay at random with their row and column sums. Pooled over nodes, the quotient says whether the labels of a
+    cluster belong together (choice)."""
+    diagonal = diagonal_labels(booleans)
+    rows, columns = (booleans.sum(dim=dim, dtype=torch.float32) - diagonal.float() for dim in (2, 1))
+    most = int(diagonal.sum(dim=1).max()) if len(booleans) else 0
+    own = diagonal.int().topk(most, dim=1).indices  # few labels of many: the rest is not looked at
+    known = diagonal.gather(1, own)
+    pairs = known[:, :, None] & known[:, None] & ~torch.eye(most, dtype=torch.bool, device=own.device)
+    among = own[:, :, None].expand(-1, -1, booleans.shape[2]), own[:, None].expand(-1, most, -1)
+    ones = booleans.gather(1, among[0]).gather(2, among[1])
+    total = rows.sum(dim=1).clamp(min=1)[:, None, None]
+    chance = (rows.gather(1, own)[:, :, None] * columns.gather(1, own)[:, None] / total).clamp(max=1)
+    found = (ones & ones.mT & pairs).sum(dim=(1, 2)), (chance * chance.mT * pairs).sum(dim=(1, 2))
+    return torch.stack(found, dim=1)
+
+
+def own_noise(booleans: Tensor) -> Tensor:
+    """Each node's noise in the columns of labels that it recognises: (D, L, L) bool -> (D,) int64 (code)."""
+    diagonal = diagonal_labels(booleans)
+    return (booleans.sum(dim=1) * diagonal).sum(dim=1) - diagonal.sum(dim=1)
 
 
 def share_within(pairs: Tensor, groups: Tensor) -> float:

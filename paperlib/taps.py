@@ -5,7 +5,7 @@ map), D nodes. Nothing after this module knows what kind of network the nodes be
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ class Tap:
     side: str = "output"  # or "input"
     heads: int = 0  # heads whose nodes lie side by side here; 0 where they are mixed
     pooled: bool = False  # whether the mean over positions is taken (T = 1)
+    groups: int = 1  # groups of nodes, side by side, that a rotation of nodes keeps apart
 
     @property
     def name(self) -> str:
@@ -62,7 +63,8 @@ def cct_taps(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
                 module, side = CCT_TAPS["block" if kind == "pooled" else kind]
                 path = f"classifier.blocks.{index}.{module}".rstrip(".")
                 heads = blocks[0].self_attn.heads if kind == "attn" else 0
-                taps.append(Tap(index + 1, kind, path, side, heads, kind == "pooled"))
+                groups = {"attn": 1, "qkv": 3}.get(kind, 0) * blocks[0].self_attn.heads or 1
+                taps.append(Tap(index + 1, kind, path, side, heads, kind == "pooled", groups))
     return taps + [Tap(len(blocks), kind, *AFTER_CCT[kind]) for kind in kinds if kind in AFTER_CCT]
 
 
@@ -82,17 +84,25 @@ def places(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
     return cnn_taps(network) if hasattr(network, "features") else cct_taps(network, kinds)
 
 
+class AllRecorded(Exception):
+    """Ends a forward pass of which nothing more is wanted (`recording`)."""
+
+
 @contextmanager
-def recording(network: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Tensor]]:
+def recording(network: nn.Module, taps: Iterable[Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D). Of a module that
-    answers with a tuple, the first; of one that is called several times, the last call."""
+    answers with a tuple, the first; of one that is called several times, the last call. With `stop`, a pass ends in
+    `AllRecorded` once every tap was met."""
     recorded: dict[str, Tensor] = {}
+    taps = list(taps)
 
     def keep(tap: Tap):
         def hook(module, args, *output):
             value = output[0] if output else args[0]
             nodes = as_nodes(value[0] if isinstance(value, tuple) else value)
             recorded[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
+            if stop and len(recorded) == len(taps):
+                raise AllRecorded
 
         return hook
 
@@ -126,6 +136,26 @@ def activations(
             network(normalise(batch, mean, std))
             yield dict(recorded)
             recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory
+
+
+@torch.no_grad()
+def features(
+    network: nn.Module, taps: list[Tap], images: Tensor, mean: Tensor, std: Tensor, batch_size: int = BATCH
+) -> dict[str, Tensor]:
+    """Activations of all uint8 images at once, fp32, in evaluation mode: tap name -> (n, T, D). What comes after the
+    last of these taps is not computed."""
+    network.eval()
+    found: dict[str, Tensor] = {}
+    with recording(network, taps, stop=True) as recorded:
+        for start in range(0, len(images), batch_size):
+            with suppress(AllRecorded):
+                network(normalise(images[start : start + batch_size], mean, std))
+            for tap in taps:
+                part = recorded.pop(tap.name)
+                if tap.name not in found:
+                    found[tap.name] = part.new_empty(len(images), *part.shape[1:])
+                found[tap.name][start : start + batch_size] = part
+    return found
 
 
 def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[Tap]:

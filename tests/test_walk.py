@@ -26,8 +26,9 @@ CUT += ["batch_size=16", "readout_batch_size=16"]
 CACHES = {"cifar100": ("cifar100.npz", 30, 32), "flowers102": ("flowers102-224.npz", 30, 224)}
 FIGURES = {
     "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "node_distributions", "node_gallery", "penalties",
-    "predicted_accuracies", "accuracy_against_dilution", "head_map", "head_matrices", "head_experts", "head_specialisation",
-    "cooperation", "attention_maps", "cnn_learning_curve", "two_halves", "cnn_accuracy_against_dilution",
+    "predicted_accuracies", "accuracy_against_dilution", "head_map", "head_matrices", "head_experts",
+    "head_specialisation", "cooperation", "attention_maps", "cnn_learning_curve", "two_halves",
+    "cnn_accuracy_against_dilution",
 }  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""The stage that measures nodes: its tables say what loops over images say; an interruption changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paperlib import optimum, snp, taps
+from paperlib.experiment import measure, networks, settings
+
+CUT = {"epochs": 1, "max_steps": 20, "precision": "fp32", "seeds": [0, 1], "limit": 1200}
+CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3]}
+
+
+@pytest.fixture
+def run(folders, monkeypatch):
+    monkeypatch.setattr(measure, "ONCE", ("mha",))
+    monkeypatch.setattr(measure, "IMAGES", 600)
+    return settings.open_run("quick", CUT)
+
+
+@pytest.mark.slow
+def test_tables_say_what_loops_say(run):
+    stage = measure.measure(run, 1, "trained")
+    table, folds, nodes = (stage.table(name) for name in ("taps", "folds", "nodes"))
+    assert set(table.tap) == {"ff1", "attn", "block"} and (table.groupby(["encoder", "tap"]).basis.nunique() == 6).all()
+    network, _ = networks.load_network(run, 1, "trained")
+    place = next(place for place in taps.places(network, ["ff1"]) if place.encoder == 2)
+    weight = stage.tensors("weights")["2.ff1"]
+    activations = taps.features(network, [place], run.images.x_test, *run.images.statistics)["2.ff1"]
+    right = (torch.einsum("ntd,ltd->nl", activations, weight).argmax(dim=1) == run.images.y_test).float()
+    fold = measure._folds(run.images.y_test)
+    where = "encoder == 2 and tap == 'ff1' and basis == 'native' and not centred"
+    for left_out, rows in (
+        (-1, table.query(f"{where} and threshold == {run.settings.threshold}")),
+        (3, folds.query(f"{where} and fold == 3")),
+    ):
+        kept = fold != left_out
+        means = snp.class_means(activations[kept], run.images.y_test[kept], len(run.images.classes))
+        found = snp.tap_statistics(snp.boolean_matrices(snp.field_matrices(weight, means), run.settings.threshold))
+        assert len(rows) == 1
+        assert rows.snr.item() == pytest.approx(found.snr, rel=1e-3)
+        assert rows.accuracy.item() == pytest.approx(right[kept].mean().item(), abs=1e-6)
+    own = nodes.query("encoder == 2 and tap == 'ff1' and not centred")
+    whole = table.query(f"{where} and threshold == {run.settings.threshold}")
+    assert own.labels.mean() == pytest.approx(whole.labels_per_node.item())
+    assert own.mutual.sum() / own.expected.sum() == pytest.approx(whole.mutual.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_what_was_solved_survives_an_interruption(run, tmp_path, monkeypatch):
+    """Stopped between two encoders, the stage goes on where it was and ends with the same bits."""
+    whole = measure.measure(run, 1, "trained")
+    again = replace(run, stages=tmp_path / "again", finished={})
+    solve, solved = optimum.choose, []
+
+    def stop(*inputs, **options):
+        solved.append(None)
+        if len(solved) == 5:
+            raise KeyboardInterrupt
+        return solve(*inputs, **options)
+
+    monkeypatch.setattr(optimum, "choose", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(again, 1, "trained")
+    assert len(list((tmp_path / "again").rglob("solved-*.pt"))) == 1
+    monkeypatch.setattr(
+        optimum, "choose", lambda *inputs, **options: (solved.append(None), solve(*inputs, **options))[1]
+    )
+    solved.clear()
+    assert measure.measure(again, 1, "trained").sha256 == whole.sha256
+    assert len(solved) == 3  # of six
+    assert not list((tmp_path / "again").rglob("solved-*.pt"))
+
+
+@pytest.mark.slow
+def test_readouts_of_reassigned_labels_know_nothing(run):
+    table = measure.measure(run, 0, "shuffled").table("taps")
+    native = table[(table.basis == "native") & (table.threshold == run.settings.threshold) & ~table.centred]
+    assert native.accuracy.max() < 0.1 and native.snr.median() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.slow
+def test_a_random_cnn_takes_its_statistics_from_training_images(run):
+    cnn = networks.cnn_half(run)
+    table = measure.measure(cnn, 1, "random").table("readouts")
+    assert set(table.tap) == {"conv"} and set(table.variant) == set(measure.VARIANTS)
+    assert (table.gradient <= optimum.TOLERANCE).all()
+    settled = table[table.variant == "settled"].set_index("encoder")
+    best = table[table.variant == "best"].set_index("encoder")
+    assert (settled.gradient <= optimum.TOLERANCE / 2).all() and (settled.l2 == best.l2).all()
+
+
+def test_a_beginning_of_balanced_images_is_balanced():
+    labels = torch.tensor([2, 0, 0, 1, 0, 1, 2, 2])
+    order = measure.balanced(labels)
+    assert sorted(order.tolist()) == list(range(8))
+    assert sorted(labels[order[:3]].tolist()) == [0, 1, 2] and sorted(labels[order[3:6]].tolist()) == [0, 1, 2]
+
+
+def test_folds_have_as_many_of_each_label():
+    labels = torch.arange(230) % 10
+    fold = measure._folds(labels)
+    counts = torch.stack([labels[fold == number].bincount(minlength=10) for number in range(measure.FOLDS)])
+    assert counts.sum() == 230 and (counts.amax(dim=0) - counts.amin(dim=0) <= 1).all()
+
+
+def test_features_stop_after_the_last_tap(network):
+    """What comes later is not computed, and what is recorded is what a whole pass records."""
+    places = [place for place in taps.places(network, ["ff1", "attn"]) if place.encoder == 1]
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    mean, std = torch.full((1, 3, 1, 1), 128.0), torch.full((1, 3, 1, 1), 64.0)
+    called = []
+    network.classifier.blocks[1].register_forward_hook(lambda *_: called.append(None))
+    found = taps.features(network, places, images, mean, std, batch_size=2)
+    assert not called
+    (whole,) = taps.activations(network, places, images, mean, std)
+    assert called and all(torch.allclose(found[name], whole[name], atol=1e-5) for name in whole)
