@@ -119,6 +119,34 @@ def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
 
 
 @plt.rc_context(STYLE)
+def which_node(halves: dict[str, pd.DataFrame], data: str) -> Figure:
+    """Does it matter which node? SNR of native over that of rotated nodes along depth, raw and centred, one line a tap;
+    dashed: random weights; 1: single nodes mean no more than any other directions. halves: name (CCT, CNN, CCT by Muon)
+    -> table `taps` of `experiment.measure` at the main threshold, all seeds."""
+    figure, axes = plt.subplots(2, len(halves), figsize=(1.8 + 2.6 * len(halves), 5), squeeze=False, sharey="row")
+    keys = ["tap", "network", "encoder", "seed"]
+    for column, (name, table) in enumerate(halves.items()):
+        for axis, centred in zip(axes[:, column], (False, True), strict=True):
+            part = table[table.centred == centred]
+            native = part[part.basis == "native"].set_index(keys).snr
+            rotated = part[part.basis != "native"].groupby(keys).snr.mean()
+            ratio = (native / rotated).rename("ratio").reset_index()
+            for (tap, network), rows in ratio[ratio.network != "shuffled"].groupby(["tap", "network"], sort=False):
+                colour, line = TAP_COLOURS.get(tap, COLOURS[3]), "o-" if network == "trained" else "x--"
+                _curve(axis, rows, "ratio", 1, line, colour)
+            axis.axhline(1, color="grey", ls=":")
+        axes[0, column].set_title(name)
+        axes[1, column].set(xlabel="encoder" if "CNN" not in name else "layer")
+        for tap in dict.fromkeys(table.tap):
+            axes[0, column].plot([], [], "o-", ms=4, color=TAP_COLOURS.get(tap, COLOURS[3]), label=tap)
+        axes[0, column].legend(fontsize=8)
+    axes[0, 0].set(ylabel="SNR, native / rotated nodes")
+    axes[1, 0].set(ylabel="centred SNR,\nnative / rotated nodes")
+    tables = pd.concat(halves.values())
+    return _stamped(figure, f"{data}: does it matter which node? dashed: random weights", data, tables)
+
+
+@plt.rc_context(STYLE)
 def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """SNR of one tap along the encoders for every threshold, trained (solid) and random (dashed)."""
     figure, axis = plt.subplots(figsize=(4.4, 3))

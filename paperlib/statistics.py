@@ -45,7 +45,8 @@ def fold_weights(folds: int, draws: int, rng: np.random.Generator) -> np.ndarray
 
 
 def over_seeds(by_seed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Hierarchical draws: values redrawn within seeds (S, R) -> their mean over seeds that are redrawn, too (R,). A seed
-    that is drawn twice is redrawn within twice."""
+    """Hierarchical draws: values redrawn within seeds (S, R) -> their mean over seeds that are redrawn, too (R,).
+
+    A seed that is drawn twice is redrawn within twice."""
     seeds, draws = by_seed.shape
     return by_seed[rng.integers(seeds, size=(draws, seeds)), rng.integers(draws, size=(draws, seeds))].mean(axis=1)

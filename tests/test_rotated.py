@@ -102,7 +102,7 @@ def test_confusions_without_structure_are_as_many_as_sums_say():
     block = torch.arange(30) // 3
     blocks = (block[:, None] == block).expand(5, -1, -1)
     found, expected = snp.mutual_confusions(blocks).sum(dim=0)
-    assert found / expected == pytest.approx(15**2)  # 1 where chance says 2 * 2 / 60, both ways
+    assert found / expected == pytest.approx(60 / (30 * 29 / 15**2))  # 60 pairs; by chance 1/15 of all, both ways
 
 
 # --- intervals

@@ -12,6 +12,7 @@ COMMANDS = {
     "run": "run the notebooks of a profile, from training to figures",
     "list": "show profiles, notebooks and parameters",
     "train": "train networks: of a profile, on several devices too, or one to be committed",
+    "measure": "measure the nodes of a profile's networks, as the notebooks would",
     "check": "compare committed networks and results with what they say of themselves",
     "publish": "put the results of a finished run where readers find them",
     "report": "write one self-contained page about a finished run",

@@ -128,7 +128,7 @@ class Run:
     def _found(self, folder: Path, record: dict) -> Stage | None:
         """The stage in its folder if it is complete and nobody has changed its files."""
         if not (folder / MANIFEST).exists():
-            self.log(f"{record['stage']}: {_reason(folder, record)}")
+            self.log(f"{record['stage']}: {_reason(folder, record)}{self._cost(record['stage'])}")
             return None
         manifest = files.read_json(folder / MANIFEST)
         if changed_files(folder, manifest):
@@ -136,6 +136,13 @@ class Run:
             self.log(f"{record['stage']}: computed again, its files were changed from outside")
             return None
         return Stage(folder, manifest)
+
+    def _cost(self, stage: str) -> str:
+        """How long this stage took with other settings, where that was long enough to be said before it starts."""
+        places = [self.stages, *([self.committed] if self.committed else [])]
+        known = [files.read_json(path)["seconds"] for place in places for path in (place / stage).glob(f"*/{MANIFEST}")]
+        longest = max(known, default=0)
+        return f"; with other settings it took {longest / 60:.0f} minutes" if longest >= 60 else ""
 
     def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
         start = time.monotonic()

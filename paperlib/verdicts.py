@@ -1,0 +1,218 @@
+"""Tables of version 2 -> rows -> verdicts on C1, C2, C3, C6: the rules, as values (choice).
+
+They were written when version 1 was known and before any network of version 2 was measured.
+
+A row is met iff every seed has the sign and the hierarchical 95 % interval (over seeds, nodes or images) excludes 0. A
+claim is supported if all of its rows are met, supported in part if some are, and not tested with fewer than 3 seeds; on
+embedded data it is a demonstration, whatever the numbers say. A row that is stated beside the others decides nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from paperlib.data import EMBEDDED
+from paperlib.statistics import fold_draws, fold_weights, interval, over_seeds, slope
+
+MIN_SEEDS = 3
+DRAWS = 2000
+FF, MHA, STREAM, FILTERS = "ff1", "attn", "block", "conv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One statement of a claim, measured: positive is what is claimed."""
+
+    claim: str
+    name: str  # what is compared, in words
+    by_seed: tuple[float, ...]
+    low: float  # hierarchical 95 % interval of the mean over seeds
+    high: float
+    beside: bool = False
+
+    @property
+    def effect(self) -> float:
+        return float(np.mean(self.by_seed))
+
+    @property
+    def met(self) -> bool:
+        return all(value > 0 for value in self.by_seed) and self.low > 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rows of a claim come to."""
+
+    status: str  # supported, in part, not supported, not tested, demonstration
+    n: int  # seeds
+    met: tuple[str, ...]  # names of the rows that are met
+    failed: tuple[str, ...]
+
+
+def of_rows(rows: Iterable[Row], data: str) -> Verdict:
+    """The verdict of one claim on one data set; ValueError without a row that decides."""
+    deciding = [row for row in rows if not row.beside]
+    if not deciding:
+        raise ValueError("a verdict needs at least one row that decides")
+    met, failed = (tuple(row.name for row in deciding if row.met == wanted) for wanted in (True, False))
+    n = min(len(row.by_seed) for row in deciding)
+    status = "supported" if not failed else "in part" if met else "not supported"
+    status = "not tested" if n < MIN_SEEDS else status
+    return Verdict("demonstration" if data in EMBEDDED else status, n, met, failed)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A statistic along depth for every seed, and what it would be on redrawn images and nodes: (S, E), (S, R, E)."""
+
+    values: np.ndarray
+    draws: np.ndarray
+
+
+# What a statistic is a quotient of, node by node (columns of `nodes`): its error from redrawn nodes follows
+QUOTIENTS = {
+    "snr": (["labels"], ["internal", "external"]),
+    "snr_external": (["labels"], ["external"]),
+    "mutual": (["mutual"], ["expected"]),
+}
+
+
+def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str, where: dict) -> Curves:
+    """From the tables `taps` (at the main threshold), `folds` and `nodes` of `experiment.measure`.
+
+    where: basis and centred; basis `rotated` is the mean over draws of rotations. A seed's images are redrawn alike for
+    whatever is asked."""
+    points = _chosen(tables["taps"], network, tap, where).pivot_table(
+        index=["seed", "encoder"], columns="basis", values=column
+    )
+    folds = _chosen(tables["folds"], network, tap, where).pivot_table(
+        index=["seed", "encoder"], columns="fold", values=column
+    )
+    values, draws = points.mean(axis=1).unstack(), []
+    for seed, curve in zip(values.index, values.to_numpy(), strict=True):
+        without = folds.loc[seed].to_numpy()
+        # Only one rotation is measured without each fold: what images do to it is taken for what they do to the mean.
+        without = without + (curve - without.mean(axis=1))[:, None]
+        weights = fold_weights(without.shape[1], DRAWS, np.random.default_rng(int(seed)))
+        rotations = points.loc[seed].to_numpy()
+        if rotations.shape[1] > 1:
+            spread = rotations.std(axis=1, ddof=1) / rotations.shape[1] ** 0.5
+        else:
+            spread = curve * _error_of_nodes(tables["nodes"], seed, network, tap, column, where["centred"])
+        rng = np.random.default_rng([int(seed), *f"{network} {tap} {column} {where}".encode()])
+        draws.append(fold_draws(curve, without, weights) + spread * rng.normal(size=(DRAWS, len(curve))))
+    return Curves(values.to_numpy(), np.stack(draws))
+
+
+def _chosen(table: pd.DataFrame, network: str, tap: str, where: dict) -> pd.DataFrame:
+    rows = table[(table.network == network) & (table.tap == tap) & (table.centred == where["centred"])]
+    return rows[rows.basis.str.startswith(where["basis"])]
+
+
+def _error_of_nodes(
+    nodes: pd.DataFrame, seed: int, network: str, tap: str, column: str, centred: bool
+) -> np.ndarray | float:
+    """Relative standard error of a tap's statistic if its nodes were redrawn, along depth; 0 of what nodes share."""
+    if column not in QUOTIENTS:
+        return 0.0
+    rows = nodes[(nodes.seed == seed) & (nodes.network == network) & (nodes.tap == tap) & (nodes.centred == centred)]
+    above, below = (rows[names].sum(axis=1) for names in QUOTIENTS[column])
+    shares = [part / part.groupby(rows.encoder).transform("sum") for part in (above, below)]
+    return ((shares[0] - shares[1]) ** 2).groupby(rows.encoder).sum().to_numpy() ** 0.5
+
+
+def row(claim: str, name: str, of: Callable[..., np.ndarray], *inputs: Curves, beside: bool = False) -> Row:
+    """A row from a function of curves (..., E) -> (...), applied to the values and to every draw."""
+    by_seed, draws = of(*(one.values for one in inputs)), of(*(one.draws for one in inputs))
+    low, high = interval(over_seeds(draws, np.random.default_rng(0)))
+    return Row(claim, name, tuple(float(value) for value in by_seed), low, high, beside)
+
+
+RAW, CENTRED = {"basis": "native", "centred": False}, {"basis": "native", "centred": True}
+ROTATED, ROTATED_CENTRED = {"basis": "rotated", "centred": False}, {"basis": "rotated", "centred": True}
+STATISTICS = {"accuracy": ("accuracy", RAW), "raw SNR": ("snr", RAW), "centred SNR": ("snr", CENTRED)}
+
+
+def sharpening(tables: dict[str, pd.DataFrame], taps: tuple[str, ...] = (FF, MHA), claim: str = "C3") -> list[Row]:
+    """C3: along the encoders accuracy, raw and centred SNR grow, and more than the random network's; two rows each. The
+    claim's nodes decide (FF, MHA); what is passed on (`block`) stands beside them."""
+    rows = []
+    for tap in (*taps, *([STREAM] if claim == "C3" else [])):
+        for name, (column, where) in STATISTICS.items():
+            trained, random = (curves(tables, kind, tap, column, where) for kind in ("trained", "random"))
+            beside = tap == STREAM
+            rows.append(row(claim, f"{name} of {tap} grows", slope, trained, beside=beside))
+            text = f"{name} of {tap} grows more than with random weights"
+            rows.append(row(claim, text, lambda a, b: slope(a) - slope(b), trained, random, beside=beside))
+    return rows
+
+
+def last_two_thirds(curve: np.ndarray) -> np.ndarray:
+    """The encoders of the last two thirds, along the last axis."""
+    return curve[..., curve.shape[-1] // 3 :]
+
+
+def _lowest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The smallest difference over the last two thirds of the encoders."""
+    return last_two_thirds(a - b).min(axis=-1)
+
+
+def _lowest_excess(curve: np.ndarray) -> np.ndarray:
+    return last_two_thirds(curve).min(axis=-1) - 1
+
+
+def clusters(tables: dict[str, pd.DataFrame], tap: str, beside: bool = False) -> list[Row]:
+    """C2, for the nodes of one tap, in every encoder of the last two thirds: (a) noise outside of clusters is smaller,
+    against signal, than with random weights; (b) recognised labels are confused mutually more often than row and column
+    sums give, and more than with random weights; (c) native nodes have a higher SNR than rotated ones, raw and centred,
+    by a larger factor than with random weights."""
+
+    def of(network: str, column: str, where: dict) -> Curves:
+        return curves(tables, network, tap, column, where)
+
+    external = [of(kind, "snr_external", RAW) for kind in ("trained", "random")]
+    mutual = [of(kind, "mutual", RAW) for kind in ("trained", "random")]
+    rows = [
+        row("C2", f"(a) S/N with external noise of {tap}, above random weights", _lowest, *external, beside=beside),
+        row("C2", f"(b) mutual confusions of {tap}, above chance", _lowest_excess, mutual[0], beside=beside),
+        row("C2", f"(b) mutual confusions of {tap}, above random weights", _lowest, *mutual, beside=beside),
+    ]
+    for name, native, rotated in (("raw", RAW, ROTATED), ("centred", CENTRED, ROTATED_CENTRED)):
+        four = [of(kind, "snr", where) for kind in ("trained", "random") for where in (native, rotated)]
+        text = f"(c) {name} SNR of {tap}, native above rotated"
+        rows.append(row("C2", text, _lowest, *four[:2], beside=beside))
+        rows.append(row("C2", f"{text}, more than with random weights", _lowest_ratio, *four, beside=beside))
+    return rows
+
+
+def _lowest_ratio(native: np.ndarray, rotated: np.ndarray, other: np.ndarray, other_rotated: np.ndarray) -> np.ndarray:
+    return _lowest(native / rotated, other / other_rotated)
+
+
+def unified(cct: dict[str, pd.DataFrame], cnn: dict[str, pd.DataFrame]) -> list[Row]:
+    """C1, for FF nodes of a CCT and filters of a CNN: (a), (b) what C3 says holds of both, raw and centred; (c) steps of
+    accuracy and SNR along depth correlate in both; (d) native over rotated SNR grows with depth, and ends above 1 and
+    above that of random weights, in both."""
+    rows = []
+    for tables, tap in ((cct, FF), (cnn, FILTERS)):
+        rows += sharpening(tables, (tap,), "C1")
+        accuracy, snr = (curves(tables, "trained", tap, *STATISTICS[name]) for name in ("accuracy", "raw SNR"))
+        rows.append(row("C1", f"(c) steps of accuracy and SNR of {tap} correlate", steps_correlate, accuracy, snr))
+        four = [curves(tables, kind, tap, "snr", where) for kind in ("trained", "random") for where in (RAW, ROTATED)]
+        for text, of in (
+            ("ends above 1", lambda a, b, c, d: (a / b)[..., -1] - 1),
+            ("ends above random weights", lambda a, b, c, d: (a / b - c / d)[..., -1]),
+            ("grows with depth", lambda a, b, c, d: slope(a / b)),
+        ):
+            rows.append(row("C1", f"(d) native over rotated SNR of {tap} {text}", of, *four))
+    return rows
+
+
+def steps_correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Correlation of the steps of two curves along the last axis, in -1..1; 0 where one of them does not move."""
+    a, b = (np.diff(part, axis=-1) for part in (first, second))
+    a, b = (part - part.mean(axis=-1, keepdims=True) for part in (a, b))
+    norm = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return (a * b).sum(axis=-1) / np.where(norm > 0, norm, 1)

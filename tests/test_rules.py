@@ -1,0 +1,138 @@
+"""The rules of version 2, on tables whose truth is known."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paperlib import verdicts
+from paperlib.experiment.measure import FOLDS
+
+ENCODERS = 6
+
+
+def tables(value, noise=0.01, seeds=3, taps=("ff1", "attn", "block")):
+    """Tables of a measurement whose statistics are value(seed, network, tap, basis, centred, column) -> (ENCODERS,)."""
+    rng, points, folds, nodes = np.random.default_rng(0), [], [], []
+    columns = ("accuracy", "snr", "snr_external", "mutual")
+    for seed, network, tap in itertools.product(range(seeds), ("trained", "random"), taps):
+        for basis, centred in itertools.product(("native", "rotated-0", "rotated-1"), (False, True)):
+            curves = {name: np.array(value(seed, network, tap, basis, centred, name), float) for name in columns}
+            for encoder in range(ENCODERS):
+                row = {"seed": seed, "network": network, "tap": tap, "basis": basis, "centred": centred}
+                row |= {"encoder": encoder + 1}
+                points.append(row | {name: curve[encoder] for name, curve in curves.items()})
+                for fold in range(FOLDS if basis != "rotated-1" else 0):
+                    off = noise / FOLDS * rng.normal(size=len(columns))
+                    found = {
+                        name: curve[encoder] + part for (name, curve), part in zip(curves.items(), off, strict=True)
+                    }
+                    folds.append(row | {"fold": fold} | found)
+                if basis == "native":
+                    parts = rng.integers(1, 5, size=(600, 5))
+                    own = pd.DataFrame(parts, columns=["labels", "internal", "external", "mutual", "expected"])
+                    nodes.append(own.assign(**row).drop(columns="basis"))
+    return {"taps": pd.DataFrame(points), "folds": pd.DataFrame(folds), "nodes": pd.concat(nodes)}
+
+
+def growing(seed, network, tap, basis, centred, column):
+    """Everything grows where the network is trained, and native nodes more than rotated ones."""
+    depth = np.linspace(0, 1, ENCODERS) ** 2  # its steps are not all alike
+    trained, native = network == "trained", basis == "native"
+    return 1.2 + trained * depth * (2 + native) + 0.3 * trained + 0.05 * seed
+
+
+def test_what_grows_in_all_networks_is_supported():
+    found = verdicts.of_rows(verdicts.sharpening(tables(growing)), "cifar100")
+    assert (found.status, found.n, found.failed) == ("supported", 3, ()) and len(found.met) == 12
+
+
+def test_one_seed_that_falls_is_enough_to_fail():
+    def value(seed, network, tap, basis, centred, column):
+        curve = growing(seed, network, tap, basis, centred, column)
+        return curve[::-1] if seed == 2 and network == "trained" and tap == "attn" and column == "accuracy" else curve
+
+    found = verdicts.of_rows(verdicts.sharpening(tables(value)), "cifar100")
+    assert found.status == "in part"
+    assert set(found.failed) == {"accuracy of attn grows", "accuracy of attn grows more than with random weights"}
+
+
+def test_a_random_network_that_grows_as_well_is_not_beaten():
+    def value(seed, network, tap, basis, centred, column):
+        return growing(seed, "trained", tap, basis, centred, column)
+
+    rows = verdicts.sharpening(tables(value))
+    assert all(row.met != row.name.endswith("random weights") for row in rows)
+    assert verdicts.of_rows(rows, "cifar100").status == "in part"
+
+
+def test_images_that_say_different_things_leave_nothing_certain():
+    rows = verdicts.sharpening(tables(growing, noise=300))
+    assert not any(row.met for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "data", "status"), [(2, "cifar100", "not tested"), (3, "glyphs100", "demonstration")]
+)
+def test_few_seeds_and_embedded_data_test_nothing(seeds, data, status):
+    assert verdicts.of_rows(verdicts.sharpening(tables(growing, seeds=seeds)), data).status == status
+
+
+def test_rows_beside_decide_nothing(refuses):
+    rows = verdicts.clusters(tables(growing), "block", beside=True)
+    assert rows and all(row.beside for row in rows)
+    with refuses("at least one row that decides"):
+        verdicts.of_rows(rows, "cifar100")
+
+
+def test_clusters_need_single_nodes_external_noise_and_mutual_confusions():
+    rows = verdicts.clusters(tables(growing), "ff1")
+    assert verdicts.of_rows(rows, "cifar100").status == "supported"
+
+    def rotation_changes_nothing(seed, network, tap, basis, centred, column):
+        return growing(seed, network, tap, "native", centred, column)
+
+    failed = verdicts.of_rows(verdicts.clusters(tables(rotation_changes_nothing), "ff1"), "cifar100").failed
+    assert len(failed) == 4 and all(name.startswith("(c)") for name in failed)
+
+
+def test_only_the_last_two_thirds_count_for_clusters():
+    def late(seed, network, tap, basis, centred, column):
+        curve = np.array(growing(seed, network, tap, basis, centred, column))
+        curve[:2] = 1.0
+        return curve
+
+    assert verdicts.of_rows(verdicts.clusters(tables(late), "ff1"), "cifar100").status == "supported"
+
+
+def test_one_mechanism_needs_both_halves():
+    cct = tables(growing)
+    cnn = tables(growing, taps=("conv",))
+    assert verdicts.of_rows(verdicts.unified(cct, cnn), "cifar100").status == "supported"
+
+    def falling(seed, network, tap, basis, centred, column):
+        return growing(seed, network, tap, basis, centred, column)[:: -1 if network == "trained" else 1]
+
+    found = verdicts.of_rows(verdicts.unified(cct, tables(falling, taps=("conv",))), "cifar100")
+    assert found.status == "in part" and all("conv" in name for name in found.failed)
+
+
+def test_steps_that_go_together_correlate():
+    curve = np.array([0.0, 1.0, 1.5, 4.0])
+    assert verdicts.steps_correlate(curve, 2 * curve + 1) == pytest.approx(1)
+    assert verdicts.steps_correlate(curve, -curve) == pytest.approx(-1)
+    assert verdicts.steps_correlate(curve, np.arange(4.0)) == 0
+
+
+def test_an_interval_of_one_seed_is_that_of_images_and_nodes():
+    """The node part against a bootstrap of the nodes themselves."""
+    measured = tables(growing, noise=0.0, seeds=1, taps=("ff1",))
+    found = verdicts.curves(measured, "trained", "ff1", "snr", verdicts.RAW)
+    own = measured["nodes"].query("network == 'trained' and not centred and encoder == 3")
+    rng, quotients = np.random.default_rng(1), []
+    for _ in range(3000):
+        drawn = own.iloc[rng.integers(len(own), size=len(own))]
+        quotients.append(drawn.labels.sum() / (drawn.internal + drawn.external).sum())
+    relative = np.std(quotients) / np.mean(quotients)
+    assert found.draws[0, :, 2].std() / found.values[0, 2] == pytest.approx(relative, rel=0.1)
