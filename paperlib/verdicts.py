@@ -192,9 +192,9 @@ def _lowest_ratio(native: np.ndarray, rotated: np.ndarray, other: np.ndarray, ot
 
 
 def unified(cct: dict[str, pd.DataFrame], cnn: dict[str, pd.DataFrame]) -> list[Row]:
-    """C1, for FF nodes of a CCT and filters of a CNN: (a), (b) what C3 says holds of both, raw and centred; (c) steps of
-    accuracy and SNR along depth correlate in both; (d) native over rotated SNR grows with depth, and ends above 1 and
-    above that of random weights, in both."""
+    """C1, for FF nodes of a CCT and filters of a CNN: (a), (b) what C3 says holds of both, raw and centred; (c) steps
+    of accuracy and SNR along depth correlate in both; (d) native over rotated SNR grows with depth, and ends above 1
+    and above that of random weights, in both."""
     rows = []
     for tables, tap in ((cct, FF), (cnn, FILTERS)):
         rows += sharpening(tables, (tap,), "C1")
