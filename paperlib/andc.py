@@ -66,13 +66,13 @@ def permuted_labels(diagonal: dict[str, Tensor], generator: torch.Generator) -> 
 def random_masks(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, drawn at random."""
     return {
-        name: _top(torch.rand(mask.shape, generator=generator).to(mask.device), mask) for name, mask in masks.items()
+        name: largest(torch.rand(mask.shape, generator=generator).to(mask.device), mask) for name, mask in masks.items()
     }
 
 
 def magnitude_masks(masks: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Masks that keep as many connections of each layer, those with the largest |weight|."""
-    return {name: _top(_sizes(network, name).to(mask.device), mask) for name, mask in masks.items()}
+    return {name: largest(_sizes(network, name).to(mask.device), mask) for name, mask in masks.items()}
 
 
 def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def activation_masks(masks: dict[str, Tensor], network: nn.Module, norms: dict[s
     that they lead from (Wanda's score, compared over the layer instead of output by output); norms: module path ->
     (K,), see `input_norms`."""
     scores = {name: _sizes(network, name).to(mask.device) * norms[name].to(mask.device) for name, mask in masks.items()}
-    return {name: _top(scores[name], mask) for name, mask in masks.items()}
+    return {name: largest(scores[name], mask) for name, mask in masks.items()}
 
 
 def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: Tensor, std: Tensor) -> dict:
@@ -99,8 +99,8 @@ def _sizes(network: nn.Module, name: str) -> Tensor:
     return weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
 
 
-def _top(score: Tensor, mask: Tensor) -> Tensor:
-    """The mask.sum() largest scores."""
+def largest(score: Tensor, mask: Tensor) -> Tensor:
+    """As many connections as a mask keeps, those with the largest scores: (J, K), (J, K) bool -> (J, K) bool."""
     kept = torch.zeros_like(mask).flatten()
     kept[score.flatten().topk(int(mask.sum())).indices] = True
     return kept.view_as(mask)

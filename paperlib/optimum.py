@@ -10,7 +10,7 @@ Shapes: n images, F = T * D features, L labels.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ class Problem:
     eigenvalues: Tensor  # (r,) of the scaled features' second moments, largest first
     directions: Tensor  # (r, F), orthonormal
     first: float  # norm of the gradient at W = 0
-    basis: Tensor | None  # (n, F), orthonormal: the features are coordinates in it, where images are few
+    basis: Tensor | None = None  # (n, F), orthonormal: the features are coordinates in it, where images are few
+    mask: Tensor | None = None  # (L, F) bool: weights that may differ from 0, see `masked`
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Optimum:
     pairs: list[tuple[Tensor, Tensor]] = field(repr=False)  # steps and gradients, to start from
 
 
-def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
+def problem(features: Tensor, labels: Tensor, num_labels: int, few: int = FEW) -> Problem:
     """Check features (n, F), or activations (n, T, D), and labels (n,), and prepare them for `solve`.
+
+    Up to `few` images, if they are at most half as many as features, become its basis; `masked` wants few=0.
 
     Raises ValueError, in one sentence, for features that are not finite or the same for all images, and for a label
     without images.
@@ -73,7 +76,7 @@ def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
     if torch.equal(features.amin(dim=0), features.amax(dim=0)):
         raise ValueError("features are the same for all images, so no readout can learn from them: take another tap")
     scale, basis = features.square().mean().sqrt().item(), None
-    if len(features) <= min(features.shape[1] // 2, FEW):  # the optimum is a combination of images
+    if len(features) <= min(features.shape[1] // 2, few):  # the optimum is a combination of images
         basis, coordinates = torch.linalg.qr(features.T)
         features, basis = coordinates.T.contiguous(), basis.T
     cheap = features.bfloat16() if fast_bf16(features.device.type) else features
@@ -85,7 +88,17 @@ def problem(features: Tensor, labels: Tensor, num_labels: int) -> Problem:
     directions = (vectors / (len(rows) * eigenvalues).sqrt()).T @ sketch
     found = Problem(features, labels, num_labels, scale, cheap, eigenvalues, directions, 1.0, basis)
     error = _error(features.new_zeros(len(features), num_labels), labels)
-    return Problem(**{**vars(found), "first": _gradient(found, error, features).norm().item()})
+    return replace(found, first=_gradient(found, error, features).norm().item())
+
+
+def masked(data: Problem, mask: Tensor) -> Problem:
+    """The same problem for weights (L, F), or (L, T, D), that are 0 outside of a mask."""
+    if data.basis is not None:
+        raise ValueError("a mask needs the features themselves: prepare the problem with few=0")
+    mask = mask.flatten(1)
+    found = replace(data, mask=mask)
+    error = _error(data.features.new_zeros(len(data.features), data.num_labels), data.labels)
+    return replace(found, first=_gradient(found, error, data.features).norm().item())
 
 
 def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: float = TOLERANCE) -> Optimum:
@@ -102,6 +115,8 @@ def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: flo
     pairs, steps, features, before = [], 0, data.cheap, float("inf")
     if start is not None:
         weight, pairs = start.coordinates * data.scale, list(start.pairs)
+    if data.mask is not None:  # another problem's steps lead out of it
+        weight, pairs = weight * data.mask, []
     for _ in range(ROUNDS):
         logits = data.features @ weight.T / data.scale
         error = _error(logits, data.labels)
@@ -168,7 +183,8 @@ def _error(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _gradient(data: Problem, error: Tensor, features: Tensor) -> Tensor:
     """Gradient of the mean cross-entropy, in the precision of these features: (L, F), fp32."""
-    return (error.T.to(features.dtype) @ features).float() / (len(features) * data.scale)
+    gradient = (error.T.to(features.dtype) @ features).float() / (len(features) * data.scale)
+    return gradient if data.mask is None else gradient * data.mask
 
 
 def _preconditioner(data: Problem, l2: float, error: Tensor) -> Callable[[Tensor], Tensor]:
@@ -179,7 +195,8 @@ def _preconditioner(data: Problem, l2: float, error: Tensor) -> Callable[[Tensor
     leading = 1 / (uncertain * data.eigenvalues + l2) - rest
 
     def inverse(gradient: Tensor) -> Tensor:
-        return rest * gradient + ((gradient @ data.directions.T) * leading) @ data.directions
+        found = rest * gradient + ((gradient @ data.directions.T) * leading) @ data.directions
+        return found if data.mask is None else found * data.mask
 
     return inverse
 

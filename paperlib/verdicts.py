@@ -30,15 +30,12 @@ class Row:
     by_seed: tuple[float, ...]
     low: float  # hierarchical 95 % interval of the mean over seeds
     high: float
+    met: bool
     beside: bool = False
 
     @property
     def effect(self) -> float:
         return float(np.mean(self.by_seed))
-
-    @property
-    def met(self) -> bool:
-        return all(value > 0 for value in self.by_seed) and self.low > 0
 
 
 @dataclass(frozen=True)
@@ -126,8 +123,13 @@ def _error_of_nodes(
 def row(claim: str, name: str, of: Callable[..., np.ndarray], *inputs: Curves, beside: bool = False) -> Row:
     """A row from a function of curves (..., E) -> (...), applied to the values and to every draw."""
     by_seed, draws = of(*(one.values for one in inputs)), of(*(one.draws for one in inputs))
+    return _row(claim, name, by_seed, draws, beside)
+
+
+def _row(claim: str, name: str, by_seed: np.ndarray, draws: np.ndarray, beside: bool = False) -> Row:
     low, high = interval(over_seeds(draws, np.random.default_rng(0)))
-    return Row(claim, name, tuple(float(value) for value in by_seed), low, high, beside)
+    met = bool((by_seed > 0).all() and low > 0)
+    return Row(claim, name, tuple(float(value) for value in by_seed), low, high, met, beside)
 
 
 RAW, CENTRED = {"basis": "native", "centred": False}, {"basis": "native", "centred": True}
@@ -216,3 +218,33 @@ def steps_correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     a, b = (part - part.mean(axis=-1, keepdims=True) for part in (a, b))
     norm = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
     return (a * b).sum(axis=-1) / np.where(norm > 0, norm, 1)
+
+
+HALF_A_POINT, ONE_POINT = 0.005, 0.01
+
+
+def pruning(table: pd.DataFrame, tap: str = STREAM, beside: bool = False) -> list[Row]:
+    """C4, reading R1, at the smallest dilution of at least one half, after retraining: the loss is at most half a
+    point, its upper bound at most one; and smaller than with random and permuted masks, on the same images. The usual
+    criteria stand beside. Errors are those of test images and, over seeds, hierarchical."""
+    own = table[table.tap == tap]
+    dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
+    if not (dilution >= 0.5).any():
+        raise ValueError(f"no threshold dilutes the readout of {tap} by one half: add larger prune_thresholds")
+    at = own[own.threshold == dilution[dilution >= 0.5].idxmin()]
+    rng = np.random.default_rng(0)
+
+    def drawn(method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+        by_seed = at[at.method == method].groupby("seed")[[column, f"{column}_se"]].mean().to_numpy().T
+        return by_seed[0], by_seed[0][:, None] + by_seed[1][:, None] * rng.normal(size=(by_seed.shape[1], DRAWS))
+
+    loss, draws = drawn("andc", "retrained_loss")
+    low, high = interval(over_seeds(draws, rng))
+    text = f"accuracy of {tap} lost by ANDC at dilution {dilution.loc[at.threshold.iloc[0]]:.2f}"
+    met = bool(loss.mean() <= HALF_A_POINT and high <= ONE_POINT)
+    spared = tuple(float(HALF_A_POINT - value) for value in loss)
+    rows = [Row("C4", f"{text}, below half a point", spared, HALF_A_POINT - high, HALF_A_POINT - low, met, beside)]
+    for method in ("random", "permuted", "magnitude", "activation"):
+        aside = beside or method in ("magnitude", "activation")
+        rows.append(_row("C4", f"{text}, less than by {method} masks", *drawn(method, "andc_ahead"), aside))
+    return rows

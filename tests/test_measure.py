@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paperlib import optimum, snp, taps
-from paperlib.experiment import measure, networks, settings
+from paperlib.experiment import measure, networks, readings, settings
 
 CUT = {"epochs": 1, "max_steps": 20, "precision": "fp32", "seeds": [0, 1], "limit": 1200}
 CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3]}
@@ -116,3 +116,37 @@ def test_features_stop_after_the_last_tap(network):
     assert not called
     (whole,) = taps.activations(network, places, images, mean, std)
     assert called and all(torch.allclose(found[name], whole[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_pruned_readout_is_what_is_left_solved_anew(run, monkeypatch):
+    """Right after pruning: the whole readout's weights within the mask; retrained: better, and within the mask."""
+    monkeypatch.setattr(readings, "IMAGES", 300)
+    monkeypatch.setattr(readings, "DRAWS", 1)
+    few = run.settings.model_copy(update={"prune_thresholds": [0.3, 0.5]})
+    stage = readings.readouts(replace(run, settings=few), 0)
+    table, answers = stage.table("readouts"), stage.arrays("answers")
+    assert set(table.tap) == {"block", "seqpool"} and set(table.method) == {"andc", *readings.CONTROLS}
+    by_method = table.groupby(["tap", "threshold", "method"]).dilution.mean().unstack()
+    assert (by_method.std(axis=1) < 1e-6).all()  # as many connections
+    for row in table.itertuples():
+        straight, again = answers[f"2.{row.tap}/{row.method}/{row.draw}/{row.threshold:g}"].float().mean(dim=1)
+        assert (row.accuracy, row.retrained_accuracy) == (pytest.approx(straight.item()), pytest.approx(again.item()))
+    andc = table[table.method == "andc"]
+    assert (andc.andc_ahead == 0).all()
+    assert andc.groupby("tap").dilution.apply(lambda part: part.is_monotonic_increasing).all()
+
+
+def test_masks_keep_as_many_connections_and_rank_by_their_score():
+    random = torch.Generator().manual_seed(0)
+    sets = torch.rand(8, 5, generator=random) < 0.4
+    weight, size = torch.randn(5, 3, 8, generator=random), torch.rand(3, 8, generator=random)
+    for method, _, mask in readings.masks(sets, weight, size, 0):
+        assert mask.shape == (5, 8) and mask.sum() == sets.sum()
+        if method == "andc":
+            assert torch.equal(mask, sets.T)
+        if method == "magnitude":
+            kept = weight.square().sum(dim=1)
+            assert kept[mask].min() >= kept[~mask].max()
+        if method == "permuted":
+            assert sorted(mask.sum(dim=0).tolist()) == sorted(sets.sum(dim=1).tolist())

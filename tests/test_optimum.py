@@ -119,6 +119,55 @@ def test_a_label_may_be_the_only_one_to_be_rare():
     assert optimum.solve(optimum.problem(x, y, 5), 0.1).gradient <= optimum.TOLERANCE
 
 
+# --- masks
+
+
+def test_a_masked_optimum_is_that_of_the_weights_it_leaves(precision):
+    """scipy's, over those weights alone; from wherever it starts."""
+    x, y = case(n=60, features=8)
+    mask = torch.rand(5, 8, generator=torch.Generator().manual_seed(2)) < 0.5
+    data = optimum.problem(x, y, 5, few=0)
+    whole = optimum.solve(data, 0.03)
+    pruned = optimum.masked(data, mask)
+    found = [optimum.solve(pruned, 0.03, start, tolerance=1e-4) for start in (None, whole)]
+    kept = mask.numpy()
+
+    def restricted(values):
+        weight = np.zeros((5, 8))
+        weight[kept] = values
+        return objective(weight, x, y, 0.03)
+
+    best = scipy.optimize.minimize(restricted, np.zeros(int(mask.sum())), method="BFGS", tol=1e-6)
+    for solved in found:
+        assert (solved.weight[~mask] == 0).all() and solved.objective == pytest.approx(best.fun, abs=1e-5)
+    assert best.fun > whole.objective
+
+
+def test_a_mask_of_everything_changes_nothing():
+    x, y = case()
+    data = optimum.problem(x, y, 5, few=0)
+    whole = optimum.solve(data, 0.1, tolerance=1e-5)
+    same = optimum.solve(optimum.masked(data, torch.ones(5, 30, dtype=torch.bool)), 0.1, tolerance=1e-5)
+    assert torch.allclose(whole.weight, same.weight, atol=1e-3 * whole.weight.abs().max().item())
+
+
+def test_a_mask_needs_the_features_themselves(refuses):
+    x, y = case(n=10, features=30)
+    with refuses("few=0"):
+        optimum.masked(optimum.problem(x, y, 5), torch.ones(5, 30, dtype=torch.bool))
+
+
+def test_few_images_have_the_optimum_of_their_features():
+    """Solved among combinations of images, or among all weights."""
+    x, y = case(n=40, features=100)
+    among_images = optimum.problem(x, y, 5)
+    assert among_images.basis is not None and among_images.features.shape == (40, 40)
+    found = [
+        optimum.solve(data, 0.03, tolerance=1e-5).weight for data in (among_images, optimum.problem(x, y, 5, few=0))
+    ]
+    assert torch.allclose(*found, atol=2e-3 * found[0].abs().max().item())
+
+
 # --- the penalty
 
 

@@ -136,3 +136,46 @@ def test_an_interval_of_one_seed_is_that_of_images_and_nodes():
         quotients.append(drawn.labels.sum() / (drawn.internal + drawn.external).sum())
     relative = np.std(quotients) / np.mean(quotients)
     assert found.draws[0, :, 2].std() / found.values[0, 2] == pytest.approx(relative, rel=0.1)
+
+
+# --- pruning
+
+
+def pruned(loss, seeds=3, se=0.001):
+    """A table of `experiment.readings`: loss(method, dilution) after retraining."""
+    rows = []
+    for seed, method, (threshold, dilution) in itertools.product(
+        range(seeds), ("andc", "random", "permuted", "magnitude", "activation"), ((0.2, 0.3), (0.3, 0.6), (0.4, 0.8))
+    ):
+        row = {"seed": seed, "tap": "block", "threshold": threshold, "method": method, "dilution": dilution}
+        lost = loss(method, dilution)
+        row |= {"retrained_loss": lost, "retrained_loss_se": se}
+        rows.append(row | {"andc_ahead": lost - loss("andc", dilution), "andc_ahead_se": se})
+    return pd.DataFrame(rows)
+
+
+def test_pruning_that_keeps_the_accuracy_is_supported_at_the_smallest_dilution():
+    table = pruned(lambda method, dilution: (0.002 if method == "andc" else 0.05) if dilution < 0.7 else 0.3)
+    rows = verdicts.pruning(table)
+    assert verdicts.of_rows(rows, "cifar100").status == "supported" and all("0.60" in row.name for row in rows)
+    assert sum(row.beside for row in rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "se", "failed"),
+    [
+        (lambda method, dilution: 0.02 if method == "andc" else 0.05, 0.001, "half a point"),
+        (lambda method, dilution: 0.002 if method == "andc" else 0.05, 0.02, "half a point"),
+        (lambda method, dilution: 0.001 if method == "permuted" else 0.002, 0.0001, "permuted"),
+    ],
+    ids=["too much", "uncertain", "permuted sets do as well"],
+)
+def test_pruning_that_costs_or_that_chance_matches_is_not(loss, se, failed):
+    found = verdicts.of_rows(verdicts.pruning(pruned(loss, se=se)), "cifar100")
+    assert found.status != "supported" and any(failed in name for name in found.failed)
+
+
+def test_a_sweep_without_a_large_dilution_says_so(refuses):
+    table = pruned(lambda method, dilution: 0.0)
+    with refuses("larger prune_thresholds"):
+        verdicts.pruning(table[table.dilution < 0.5])

@@ -8,16 +8,18 @@ training takes about as long: --seed and --kind measure it in pieces.
 import argparse
 
 from paperlib.cli import add_changes
-from paperlib.experiment import measure, networks, settings
+from paperlib.experiment import measure, networks, readings, settings
 
-KINDS = ("trained", "random", "shuffled")
+KINDS = ("trained", "random", "shuffled", "pruned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", metavar="PROFILE")
     parser.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its transformer")
     parser.add_argument("--seed", type=int, help="this seed only")
-    parser.add_argument("--kind", choices=KINDS, help="trained networks, random ones or shuffled labels only")
+    parser.add_argument(
+        "--kind", choices=KINDS, help="trained or random networks, shuffled labels, or pruned readouts only"
+    )
     add_changes(parser)
 
 
@@ -29,6 +31,8 @@ def execute(options: argparse.Namespace) -> int:
     for seed in run.settings.seeds:
         for kind in KINDS:
             wanted = options.seed in (None, seed) and options.kind in (None, kind)
-            if wanted and (kind != "shuffled" or seed == run.settings.seeds[0]):
+            if wanted and kind == "pruned":
+                print(readings.readouts(run, seed).folder)
+            elif wanted and (kind != "shuffled" or seed == run.settings.seeds[0]):
                 print(measure.measure(run, seed, kind).folder)
     return 0
