@@ -28,7 +28,7 @@ from torch import nn
 
 from paperlib import data, figures, files, models, training
 from paperlib.cli import main
-from paperlib.data import sources
+from paperlib.data import folder, sources
 from paperlib.experiment import store
 from paperlib.experiment.settings import load_settings
 from paperlib.models import reference
@@ -515,16 +515,22 @@ def test_what_the_machine_refuses_does_not_condemn_a_file(error, tmp_path):
         raise error
 
 
+def toy_images(classes):
+    """One test image a label, and nothing else."""
+    pictures = torch.zeros(len(classes), 3, 8, 8, dtype=torch.uint8)
+    return data.Images("toy", pictures, torch.arange(len(classes)), pictures, torch.arange(len(classes)), classes)
+
+
 @pytest.mark.parametrize("count", [2, 11, 13])
 def test_few_labels_are_drawn_too(count, tmp_path):
     classes = tuple(f"label {index}" for index in range(count))
     field = -torch.eye(count)  # recognises nothing
     for clusters in ([], [list(range(count))]):
-        figure = figures.node_matrix(field, field > 0, clusters, classes, "toy", "node 1")
+        figure = figures.node_matrix(field, field > 0, clusters, toy_images(classes), "node 1")
         figures.save(figure, tmp_path, "node", pd.DataFrame({"a": [1]}))
         picture = figure.axes[0].images[0].get_array()
         assert picture.max() <= 0 and picture.min() < 0  # what is negative stays so
-    figures.node_gallery({("encoder 1", "none"): (torch.zeros(count, count), [])}, "toy", "ff2")
+    figures.node_gallery({("encoder 1", "none"): (torch.zeros(count, count), [])}, classes, "toy", "ff2")
 
 
 def test_a_cache_that_has_no_room_is_not_needed(folders, monkeypatch, capsys):
@@ -543,7 +549,7 @@ def test_every_kind_of_pixel_is_read(mode):
     """A white image stays white. (Grey, 16-bit, palette and alpha, pixel by pixel: test_data.py)"""
     white = Image.new("RGB", (9, 9), "white")
     image = white.convert(mode) if not mode.startswith("I") else Image.new(mode, (9, 9), 65535)
-    assert (sources._square(image, 8) >= 254).all()
+    assert (folder.square(image, 8) >= 254).all()
 
 
 NAMES = [
@@ -556,7 +562,9 @@ NAMES = [
 def test_hostile_names_pass_through_figures_and_tables(tmp_path):
     image = Image.new("RGB", (8, 8), "red")
     bad = os.fsdecode(b"no utf-8 \xff")
-    parts = {f"{part}_{name}": [image] for part in ("train", "test") for name in [*NAMES, bad]}
+    labels = [*NAMES, bad]
+    parts = {f"train_{name}": [image] for name in labels}
+    parts |= {f"test_{name}": [Image.new("RGB", (8, 8), "blue")] for name in labels}
     draw(tmp_path / "$i_{$", **(parts | dict.fromkeys(("train_a", "train_b", "test_a", "test_b"))))
     images = data.load(f"folder:{tmp_path / '$i_{$'}", image_size=8)
     assert set(images.classes) == {*NAMES, "no utf-8 ?"}
@@ -571,7 +579,7 @@ def test_hostile_names_pass_through_figures_and_tables(tmp_path):
     ]
     drawn = {
         "examples": figures.examples(images),
-        "node": figures.node_matrix(eye, eye > 0, [[0, 1], [2]], images.classes, images.name, "node 1"),
+        "node": figures.node_matrix(eye, eye > 0, [[0, 1], [2]], images, "node 1"),
         "heads": figures.head_map(pd.DataFrame(rows), images.classes, images.name, "encoder 1"),
     }
     table = pd.DataFrame({"label": images.classes})

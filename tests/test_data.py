@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paperlib import data
-from paperlib.data import glyphs, sources
+from paperlib.data import glyphs
 
 
 def seeded(seed=0):
@@ -466,8 +466,8 @@ def test_unusable_arrays_are_refused(changed, tmp_path, refuses):
 
 def test_images_that_would_not_fit_into_memory_are_refused_before_they_are_read(tmp_path, monkeypatch, refuses):
     name = folder(tmp_path, two_labels())
-    monkeypatch.setattr(sources.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 2}[key])
-    monkeypatch.setattr(sources, "_square", lambda image, side: 1 / 0)
+    monkeypatch.setattr(data.folder.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 2}[key])
+    monkeypatch.setattr(data.folder, "square", lambda image, side, bits: 1 / 0)
     with refuses(r"6 images of 8 x 8 pixels need 0.0 GB .* this machine has 0.0 GB"):
         data.load(name, tmp_path, image_size=8)
 

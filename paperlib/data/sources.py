@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from paperlib import files
 from paperlib.data import glyphs
+from paperlib.data.folder import check_memory, load_folder, square
 from paperlib.data.images import Images
 
 NAMES = ("glyphs100", "cifar100", "flowers102", "flowers102-resplit", "folder:<path>")
@@ -20,7 +20,7 @@ SPLITS = {
     "glyphs100": "drawn by the package; test characters in other fonts",
     "cifar100": "official: 500 training and 100 test images a label",
     "flowers102": "official: 20 training images a label (training and validation split together), the rest tests",
-    "flowers102-resplit": "not the official one: all images dealt anew, 6,552 train, 819 test, 818 are left out",
+    "flowers102-resplit": "not the official one: all images in a random order, 6,552 train, 819 test, 818 are left out",
 }
 
 
@@ -44,7 +44,7 @@ def load(name: str, root: str | Path | None = None, image_size: int | None = Non
         return _cached(name, cache, lambda: _flowers102(root, image_size or 224))
     if name == "flowers102-resplit":
         return _resplit(name, load("flowers102", root, image_size))
-    return _images(name, *_folder(Path(name.removeprefix("folder:")).expanduser(), image_size or 32))
+    return _images(name, *load_folder(Path(name.removeprefix("folder:")).expanduser(), image_size or 32))
 
 
 def check_name(name: str) -> None:
@@ -101,7 +101,7 @@ def _cifar100(root: Path, image_size: int) -> Images:
     def resized() -> tuple:
         from torchvision.transforms.functional import resize
 
-        _check_memory(len(data.x_train) + len(data.x_test), image_size)
+        check_memory(len(data.x_train) + len(data.x_test), image_size)
         arrays = []
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
             chunks = [resize(chunk, [image_size, image_size], antialias=True) for chunk in x.split(2048)]
@@ -121,11 +121,11 @@ def _flowers102(root: Path, image_size: int) -> tuple:
             f"Flowers-102 could not be downloaded ({error}); put jpg/, imagelabels.mat and setid.mat into "
             f"{root / 'flowers-102'} by hand, or name the folder above it in PAPERLIB_DATA"
         ) from error
-    _check_memory(len(train) + len(validation) + len(test), image_size)
+    check_memory(len(train) + len(validation) + len(test), image_size)
     arrays, folder = [], root / "flowers-102"
     for parts in ((train, validation), (test,)):
         with files.reading(folder, "delete this folder, and it is downloaded again"):
-            pairs = [(_square(image, image_size), label) for part in parts for image, label in part]  # small at once
+            pairs = [(square(image, image_size), label) for part in parts for image, label in part]  # small at once
         arrays += [np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])]
     return *arrays, train.classes
 
@@ -136,56 +136,6 @@ def _resplit(name: str, data: Images) -> Images:
     order, tenth = torch.from_numpy(np.random.default_rng(0).permutation(len(y))), -(-len(y) // 10)
     train, test = order[: -tenth - len(y) // 10], order[-tenth:]
     return Images(name, x[train], y[train], x[test], y[test], data.classes)
-
-
-def _folder(path: Path, image_size: int) -> tuple:
-    from torchvision.datasets import ImageFolder
-
-    datasets = []
-    for part in ("train", "test"):
-        with files.reading(path / part, "each label needs a folder with at least one image"):
-            datasets.append(ImageFolder(path / part))
-    names = [dataset.classes for dataset in datasets]
-    if names[0] != names[1]:
-        odd = sorted(set(names[0]) ^ set(names[1]))
-        raise ValueError(f"folder:{path}: train/ and test/ must have the same labels; only one of them has {odd[:5]}")
-    if len(names[0]) < 2:
-        raise ValueError(f"folder:{path} has one label only: at least 2 are needed")
-    _check_memory(sum(map(len, datasets)), image_size)
-    arrays = []
-    for dataset in datasets:
-        images = []
-        for file, _ in dataset.samples:
-            with files.reading(Path(file), "remove or replace this image"):
-                images.append(_square(Image.open(file), image_size))
-        arrays += [np.stack(images), np.array(dataset.targets)]
-    # Files of a folder are sorted by name; a fixed shuffle keeps "the last images of a label" a fair sample.
-    order = np.random.default_rng(0).permutation(len(arrays[1]))
-    return arrays[0][order], arrays[1][order], arrays[2], arrays[3], names[0]
-
-
-def _check_memory(images: int, side: int) -> None:
-    """Raise ValueError if decoded images would not fit: they are held twice while they are put together."""
-    needed, there = 6 * images * side**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ValueError(
-            f"{images:,} images of {side} x {side} pixels need {needed / 1e9:.1f} GB of memory, and this machine has "
-            f"{there / 1e9:.1f} GB: take a smaller image_size or fewer images"
-        )
-
-
-def _square(image: Image.Image, side: int) -> np.ndarray:
-    """PIL image -> (side, side, 3) uint8: the shorter side resized, the centre kept; alpha is laid on black."""
-    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which nobody knows black and white")
-    if image.mode.startswith("I"):  # 16- and 32-bit grey, which PIL would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    tensor = pil_to_tensor(image.convert("RGB"))
-    return center_crop(resize(tensor, side, antialias=True), [side, side]).permute(1, 2, 0).numpy()
 
 
 def _cached(name: str, cache: Path, make) -> Images:

@@ -29,8 +29,8 @@ def readouts(run: Run, seed: int) -> Stage:
 
     readouts.csv: seed, tap, threshold, method, draw, dilution, l2, whole (accuracy unpruned), accuracy (right after
     pruning), retrained_accuracy, and of both losses their standard errors over test images (loss, loss_se, ...);
-    andc_ahead, andc_ahead_se: retrained accuracy of ANDC's mask less this one's, on the same images. answers.npz: tap ->
-    (n_test,) and tap/method/draw/threshold -> (2, n_test) bool, right after pruning and retrained.
+    andc_ahead, andc_ahead_se: retrained accuracy of ANDC's mask less this one's, on the same images. answers.npz: tap
+    -> (n_test,) and tap/method/draw/threshold -> (2, n_test) bool, right after pruning and retrained.
     """
     network, inputs = load_network(run, seed, "trained")
     s = run.settings
