@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -17,7 +19,8 @@ from paperlib.models import reference
 from paperlib.models.vgg import parse as parse_vgg
 from paperlib.paths import folder_of, root
 
-# YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
+# Others' YAML reads 6e-4 (without a dot) as text; here it is the number that its author meant.
+DECIMAL = r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 Number = Annotated[float, BeforeValidator(lambda value: _float_or_same(value))]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -42,7 +45,9 @@ class Settings(BaseModel):
     positional_embedding: Literal["learnable", "sine", "none"] = Field(description="positions of the tokens")
     attention_dropout: Rate = Field(description="dropout of attention weights")
     stochastic_depth: Rate = Field(description="drop rate of the last block's branches, rising linearly from 0")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one network is measured for each")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=1, max_length=100, description="one network is measured for each"
+    )
     weights: Literal["trained", "reference"] = Field(description="train here, or start from the committed networks")
     epochs: int = Field(ge=1, description="epochs of training")
     cnn_epochs: int = Field(ge=1, description="epochs of the CNN's training, by AdamW")
@@ -87,6 +92,28 @@ class Settings(BaseModel):
     permutations: int = Field(ge=1, description="draws of the null for head specialisation")
 
 
+class PlainYaml(yaml.SafeLoader):
+    """YAML whose numbers are decimal and whose words are words: 010 is no 8, 1:30 no 90, `no` not false; a name that
+    stands twice is refused."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|false)$", "tf"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", rf"^(?=.*[0-9]){DECIMAL}$|^[-+]?\.(?:inf|nan)$", "-+.0123456789"),
+    ("null", r"^(?:null|~|)$", ["n", "~", ""]),
+):
+    PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
 def profiles() -> list[str]:
     """Names of the profiles, as used on the command line."""
     return sorted(path.stem for path in _folder().glob("*.yaml") if path.stem != BASE)
@@ -104,16 +131,17 @@ def _folder() -> Path:
 def _values(profile: str) -> dict[str, Any]:
     path = _folder() / f"{profile}.yaml"
     with reading(path, "write plain YAML, one NAME: VALUE a line"):
-        return {**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
+        return {**(yaml.load(path.read_text(encoding="utf-8"), PlainYaml) or {})}
 
 
 def load_settings(profile: str, changes: dict[str, Any] | None = None) -> Settings:
     """Read a profile and replace single values; raises ValueError, in one sentence, for whatever does not fit."""
+    profile = str(profile)  # papermill -p profile 1 gives a number
     if profile not in profiles():
         raise ValueError(f"unknown profile {profile!r}{_hint(profile, profiles())}: use one of {', '.join(profiles())}")
     values = _values(BASE) | _values(profile)
     try:
-        settings = Settings.model_validate({**values, **(changes or {})})
+        settings = Settings.model_validate({**values, **_as_changes(changes)})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -197,13 +225,25 @@ def changes_of(assignments: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text!r} is not of the form NAME=VALUE")
+        if name in changes:
+            raise ValueError(f"--set names {name} twice: say once what it is")
         try:
-            changes[name] = yaml.safe_load(value)
+            changes[name] = value if " #" in value else yaml.load(value, PlainYaml)  # no comment on a command line
         except Exception:  # yaml's own errors, and whatever its tags !!int, !!bool, !!timestamp raise
             raise ValueError(
                 f"--set {name}: {value!r} is not a value: write a number, a word or a list like [0, 1]"
             ) from None
     return changes
+
+
+def _as_changes(changes: Any) -> dict[str, Any]:
+    """The parameter `settings` of a notebook: a dictionary, or its text, as `papermill -p` passes it."""
+    if isinstance(changes, str):
+        with suppress(Exception):  # what is no dictionary is said below
+            changes = yaml.load(changes, PlainYaml)
+    if not isinstance(changes or {}, dict):
+        raise ValueError(f"settings must be a dictionary such as {{'epochs': 3}}, not {changes!r}")
+    return changes or {}
 
 
 def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
@@ -280,7 +320,4 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _float_or_same(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return float(value) if isinstance(value, str) and value and re.fullmatch(DECIMAL, value) else value

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from torch import nn
 
+WIDEST = 1024  # filters of the first layer: 2 billion weights
 CONFIGURATIONS = {"11": "A", "13": "B", "16": "D", "19": "E"}  # weight layers -> name in torchvision
 
 
@@ -17,6 +18,10 @@ def parse(name: str, image_size: int = 16) -> tuple[str, int]:
     match = re.fullmatch(r"vgg_(\d+)x(\d+)", name)
     if not match or match[1] not in CONFIGURATIONS or int(match[2]) < 1:
         raise ValueError(f"unknown model {name!r}: use vgg_<layers>x<filters> with layers in 11, 13, 16, 19")
+    if int(match[2]) > WIDEST:
+        raise ValueError(
+            f"{name}: {int(match[2]):,} filters are more than {WIDEST}, for which no machine is large enough"
+        )
     if image_size < 16:
         raise ValueError(f"{name} halves images four times: image_size must be at least 16, not {image_size}")
     return match[1], int(match[2])
