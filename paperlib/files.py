@@ -5,6 +5,7 @@ import json
 import math
 import os
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,13 +98,28 @@ def save_arrays(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_arrays(path: Path) -> dict[str, torch.Tensor]:
     """What `save_arrays` wrote."""
-    with reading(path, ANEW), np.load(path, allow_pickle=False) as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file}
+    with reading(path, ANEW):
+        check_npz(path)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file}
     shapes = {key: arrays.pop(f"{key}:shape").tolist() for key in list(arrays) if f"{key}:shape" in arrays}
     for key, shape in shapes.items():
         bits = np.unpackbits(arrays[key].numpy(), count=math.prod(shape))
         arrays[key] = torch.from_numpy(bits).bool().reshape(shape)
     return arrays
+
+
+def check_npz(path: Path) -> None:
+    """Raise ValueError if an array of a .npz file claims more than the file holds: it would ask for that memory."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                fits = dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize == member.file_size
+                if not fits:  # of Python objects NumPy says no itself
+                    raise ValueError(f"{member.filename} is not as large as its header says")
 
 
 def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:

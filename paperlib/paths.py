@@ -14,5 +14,11 @@ def root() -> Path:
 
 
 def folder_of(kind: str) -> Path:
-    """Where `runs` or `data` live: $PAPERLIB_RUNS, $PAPERLIB_DATA (relative to the project), else inside it."""
-    return (root() / (os.environ.get(f"PAPERLIB_{kind.upper()}") or kind)).expanduser().resolve()
+    """Where `runs` or `data` live: $PAPERLIB_RUNS, $PAPERLIB_DATA (relative to the project, ~ is the home folder), else
+    inside it. ValueError for the home folder of nobody."""
+    name = f"PAPERLIB_{kind.upper()}"
+    value = os.environ.get(name, "").strip() or kind
+    try:
+        return (root() / Path(value).expanduser()).resolve()
+    except RuntimeError:
+        raise ValueError(f"{name}={value!r} begins with the home folder of a user who does not exist") from None

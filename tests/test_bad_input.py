@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from paperlib import data, figures, files, models, training
+from paperlib import data, figures, files, models, paths, training
 from paperlib.cli import main
 from paperlib.data import folder, sources
 from paperlib.experiment import settings, store
@@ -652,3 +653,42 @@ def test_a_notebook_takes_its_settings_as_text_too(refuses):
 def test_what_no_machine_can_do_is_refused(name, value, words, refuses):
     with refuses(words):
         load_settings("quick", {name: value})
+
+
+# --- records and paths
+
+
+@pytest.mark.parametrize("name", ["stage", "config", "inputs", "outputs", "sha256", "seconds", "peak_gb"])
+def test_a_record_without_one_of_its_parts_names_its_file(name, tmp_path, refuses):
+    run = store.Run("quick", load_settings("quick"), toy(), tmp_path / "r", tmp_path / "f", log=lambda line: 0)
+    run.stage("s", {}, {}, lambda folder: files.save_table(folder / "t.csv", [{"a": 1}]))
+    (path,) = tmp_path.rglob("stage.json")
+    record = json.loads(path.read_text())
+    del record[name]
+    path.write_text(json.dumps(record))
+    with refuses(f"stage.json cannot be used .*{name}"):
+        replace(run, finished={}).stage("s", {}, {}, lambda folder: None)
+
+
+def test_an_array_that_claims_more_than_its_file_holds_is_not_allocated(tmp_path, refuses):
+    path = tmp_path / "x.npz"
+    files.save_arrays(path, {"a": torch.zeros(4)})
+    with zipfile.ZipFile(path, "w") as archive, archive.open("a.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f8", "fortran_order": False, "shape": (350_000_000_000,)}
+        )
+    with refuses("x.npz cannot be used .*not as large as its header says"):
+        files.load_arrays(path)
+
+
+@pytest.mark.parametrize(("value", "end"), [("", "runs"), ("  ", "runs"), ("~/r", "home/r"), (" a b ", "a b")])
+def test_folders_of_the_environment(value, end, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PAPERLIB_RUNS", value)
+    assert str(paths.folder_of("runs")).endswith(f"/{end}")
+
+
+def test_the_home_of_nobody_is_named(monkeypatch, refuses):
+    monkeypatch.setenv("PAPERLIB_RUNS", "~nosuchuser/r")
+    with refuses("PAPERLIB_RUNS='~nosuchuser/r'.*does not exist"):
+        paths.folder_of("runs")

@@ -150,6 +150,8 @@ def _cached(name: str, cache: Path, make) -> Images:
         except OSError as error:
             print(f"{error}; the images will be decoded again next time")
         return _images(name, *arrays)
-    with files.reading(cache, "delete it, and it is made anew"), np.load(cache, allow_pickle=False) as file:
-        arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
+    with files.reading(cache, "delete it, and it is made anew"):
+        files.check_npz(cache)
+        with np.load(cache, allow_pickle=False) as file:
+            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")]
     return _images(name, *arrays)

@@ -94,7 +94,7 @@ class Run:
         folder = self.committed / record["stage"] / key if self.committed else None
         if not folder or not (folder / MANIFEST).exists():
             return None
-        manifest = files.read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
         if changed_files(folder, manifest, without=LARGE):
             raise ValueError(f"{folder}: files do not fit their {MANIFEST}: restore them, or remove the folder")
 
@@ -130,7 +130,7 @@ class Run:
         if not (folder / MANIFEST).exists():
             self.log(f"{record['stage']}: {_reason(folder, record)}{self._cost(record['stage'])}")
             return None
-        manifest = files.read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
         if changed_files(folder, manifest):
             (folder / MANIFEST).unlink()
             self.log(f"{record['stage']}: computed again, its files were changed from outside")
@@ -140,7 +140,8 @@ class Run:
     def _cost(self, stage: str) -> str:
         """How long this stage took with other settings, where that was long enough to be said before it starts."""
         places = [self.stages, *([self.committed] if self.committed else [])]
-        known = [files.read_json(path)["seconds"] for place in places for path in (place / stage).glob(f"*/{MANIFEST}")]
+        finished = (path.parent for place in places for path in (place / stage).glob(f"*/{MANIFEST}"))
+        known = [read_manifest(folder)["seconds"] for folder in finished]
         longest = max(known, default=0)
         return f"; with other settings it took {longest / 60:.0f} minutes" if longest >= 60 else ""
 
@@ -193,6 +194,17 @@ class Run:
         files.write_json(path, summary)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a finished stage says of itself; ValueError if it is damaged, or does not say enough."""
+    manifest = files.read_json(folder / MANIFEST)
+    with files.reading(folder / MANIFEST, files.ANEW):
+        wanted = {"stage": str, "config": dict, "inputs": dict, "outputs": dict, "sha256": str, "seconds": int | float}
+        for name, kind in (wanted | {"peak_gb": int | float}).items():
+            if not isinstance(manifest.get(name), kind):
+                raise ValueError(f"it does not tell {name}")
+    return manifest
+
+
 def changed_files(folder: Path, manifest: dict[str, Any], without: str = "") -> list[str]:
     """The files of a stage that are not as its manifest says, but for those that end in `without`. ValueError if the
     manifest does not even fit itself."""
@@ -218,7 +230,7 @@ def _reason(folder: Path, record: dict) -> str:
     siblings = sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
     if not siblings:
         return "computed for the first time"
-    last = files.read_json(siblings[-1])
+    last = read_manifest(siblings[-1].parent)
     for part, word in (("config", ""), ("inputs", "input ")):
         for name, value in record[part].items():
             if last[part].get(name) != value:
