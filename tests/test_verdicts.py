@@ -168,7 +168,7 @@ def test_block_decides_whether_features_sharpen():
 def test_a_failed_part_of_c4_is_named():
     table = retrained_table(0.02)
     assert claims.of_claim(claims.pruning(table, "cifar100")) == (
-        "supported in part (not: accuracy lost straight after pruning by ANDC of the FF layers)"
+        "supported in part (not: accuracy lost right after pruning by ANDC of the FF layers)"
     )
 
 
