@@ -68,22 +68,15 @@ class Curves:
     draws: np.ndarray
 
 
-# What a statistic is a quotient of, node by node (columns of `nodes`): its error from redrawn nodes follows
-QUOTIENTS = {
-    "snr": (["labels"], ["internal", "external"]),
-    "snr_external": (["labels"], ["external"]),
-    "mutual": (["mutual"], ["expected"]),
-}
-
-
 def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str, where: dict) -> Curves:
-    """From the tables `taps` (at the main threshold), `folds` and `nodes` of `experiment.measure`.
+    """From the tables `taps` and `folds` of `experiment.measure.nodes`, at one threshold.
 
     where: basis and centred; basis `rotated` is the mean over draws of rotations. A seed's images are redrawn alike for
     whatever is asked."""
-    points = _chosen(tables["taps"], network, tap, where).pivot_table(
-        index=["seed", "encoder"], columns="basis", values=column
-    )
+    chosen = _chosen(tables["taps"], network, tap, where)
+    points = chosen.pivot_table(index=["seed", "encoder"], columns="basis", values=column)
+    known = chosen.get(f"{column}_error", pd.Series(0.0, chosen.index))  # accuracy is not a sum over nodes
+    errors = known.groupby([chosen.seed, chosen.encoder]).first().unstack()
     folds = _chosen(tables["folds"], network, tap, where).pivot_table(
         index=["seed", "encoder"], columns="fold", values=column
     )
@@ -97,7 +90,7 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
         if rotations.shape[1] > 1:
             spread = rotations.std(axis=1, ddof=1) / rotations.shape[1] ** 0.5
         else:
-            spread = curve * _error_of_nodes(tables["nodes"], seed, network, tap, column, where["centred"])
+            spread = curve * errors.loc[seed].to_numpy()
         rng = np.random.default_rng([int(seed), *f"{network} {tap} {column} {where}".encode()])
         draws.append(fold_draws(curve, without, weights) + spread * rng.normal(size=(DRAWS, len(curve))))
     return Curves(values.to_numpy(), np.stack(draws))
@@ -106,18 +99,6 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
 def _chosen(table: pd.DataFrame, network: str, tap: str, where: dict) -> pd.DataFrame:
     rows = table[(table.network == network) & (table.tap == tap) & (table.centred == where["centred"])]
     return rows[rows.basis.str.startswith(where["basis"])]
-
-
-def _error_of_nodes(
-    nodes: pd.DataFrame, seed: int, network: str, tap: str, column: str, centred: bool
-) -> np.ndarray | float:
-    """Relative standard error of a tap's statistic if its nodes were redrawn, along depth; 0 of what nodes share."""
-    if column not in QUOTIENTS:
-        return 0.0
-    rows = nodes[(nodes.seed == seed) & (nodes.network == network) & (nodes.tap == tap) & (nodes.centred == centred)]
-    above, below = (rows[names].sum(axis=1) for names in QUOTIENTS[column])
-    shares = [part / part.groupby(rows.encoder).transform("sum") for part in (above, below)]
-    return ((shares[0] - shares[1]) ** 2).groupby(rows.encoder).sum().to_numpy() ** 0.5
 
 
 def row(claim: str, name: str, of: Callable[..., np.ndarray], *inputs: Curves, beside: bool = False) -> Row:

@@ -9,7 +9,8 @@ from paperlib import optimum, snp, taps
 from paperlib.experiment import measure, networks, readings, settings
 
 CUT = {"epochs": 1, "max_steps": 20, "precision": "fp32", "seeds": [0, 1], "limit": 1200}
-CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3]}
+CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3, 0.4]}
+THRESHOLD = 0.3
 
 
 @pytest.fixture
@@ -21,36 +22,42 @@ def run(folders, monkeypatch):
 
 @pytest.mark.slow
 def test_tables_say_what_loops_say(run):
-    stage = measure.measure(run, 1, "trained")
-    table, folds, nodes = (stage.table(name) for name in ("taps", "folds", "nodes"))
+    stage = measure.nodes(run, 1, "trained")
+    table, folds = stage.table("taps"), stage.table("folds")
     assert set(table.tap) == {"ff1", "attn", "block"} and (table.groupby(["encoder", "tap"]).basis.nunique() == 6).all()
     network, _ = networks.load_network(run, 1, "trained")
     place = next(place for place in taps.places(network, ["ff1"]) if place.encoder == 2)
-    weight = stage.tensors("weights")["2.ff1"]
+    weight = measure.readouts(run, 1, "trained").tensors("weights")["2.ff1/best"]
     activations = taps.features(network, [place], run.images.x_test, *run.images.statistics)["2.ff1"]
     right = (torch.einsum("ntd,ltd->nl", activations, weight).argmax(dim=1) == run.images.y_test).float()
     fold = measure._folds(run.images.y_test)
-    where = "encoder == 2 and tap == 'ff1' and basis == 'native' and not centred"
-    for left_out, rows in (
-        (-1, table.query(f"{where} and threshold == {run.settings.threshold}")),
-        (3, folds.query(f"{where} and fold == 3")),
-    ):
+    where = f"encoder == 2 and tap == 'ff1' and basis == 'native' and not centred and threshold == {THRESHOLD}"
+    for left_out, rows in ((-1, table.query(where)), (3, folds.query(f"{where} and fold == 3"))):
         kept = fold != left_out
         means = snp.class_means(activations[kept], run.images.y_test[kept], len(run.images.classes))
-        found = snp.tap_statistics(snp.boolean_matrices(snp.field_matrices(weight, means), run.settings.threshold))
+        found = snp.tap_statistics(snp.boolean_matrices(snp.field_matrices(weight, means), THRESHOLD))
         assert len(rows) == 1
         assert rows.snr.item() == pytest.approx(found.snr, rel=1e-3)
         assert rows.accuracy.item() == pytest.approx(right[kept].mean().item(), abs=1e-6)
-    own = nodes.query("encoder == 2 and tap == 'ff1' and not centred")
-    whole = table.query(f"{where} and threshold == {run.settings.threshold}")
-    assert own.labels.mean() == pytest.approx(whole.labels_per_node.item())
-    assert own.mutual.sum() / own.expected.sum() == pytest.approx(whole.mutual.item(), rel=1e-4)
+    own = stage.arrays("nodes")[f"2.ff1/raw/{THRESHOLD}"]
+    whole = table.query(where)
+    assert own[:, 0].mean().item() == pytest.approx(whole.labels_per_node.item())
+    assert (own[:, 5].sum() / own[:, 6].sum()).item() == pytest.approx(whole.mutual.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_threshold_of_the_sweep_costs_nothing(run, monkeypatch):
+    """What is measured holds every threshold, so another main one reads the same stages."""
+    first = measure.nodes(run, 1, "trained")
+    monkeypatch.setattr(measure, "class_sums", None)
+    other = run.settings.model_copy(update={"threshold": 0.4})
+    assert measure.nodes(replace(run, settings=other), 1, "trained").folder == first.folder
 
 
 @pytest.mark.slow
 def test_what_was_solved_survives_an_interruption(run, tmp_path, monkeypatch):
     """Stopped between two encoders, the stage goes on where it was and ends with the same bits."""
-    whole = measure.measure(run, 1, "trained")
+    whole = measure.readouts(run, 1, "trained")
     again = replace(run, stages=tmp_path / "again", finished={})
     solve, solved = optimum.choose, []
 
@@ -62,28 +69,26 @@ def test_what_was_solved_survives_an_interruption(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(optimum, "choose", stop)
     with pytest.raises(KeyboardInterrupt):
-        measure.measure(again, 1, "trained")
+        measure.readouts(again, 1, "trained")
     assert len(list((tmp_path / "again").rglob("solved-*.pt"))) == 1
-    monkeypatch.setattr(
-        optimum, "choose", lambda *inputs, **options: (solved.append(None), solve(*inputs, **options))[1]
-    )
     solved.clear()
-    assert measure.measure(again, 1, "trained").sha256 == whole.sha256
+    monkeypatch.setattr(optimum, "choose", lambda *inputs, **options: (solved.append(0), solve(*inputs, **options))[1])
+    assert measure.readouts(again, 1, "trained").sha256 == whole.sha256
     assert len(solved) == 3  # of six
     assert not list((tmp_path / "again").rglob("solved-*.pt"))
 
 
 @pytest.mark.slow
 def test_readouts_of_reassigned_labels_know_nothing(run):
-    table = measure.measure(run, 0, "shuffled").table("taps")
-    native = table[(table.basis == "native") & (table.threshold == run.settings.threshold) & ~table.centred]
+    table = measure.nodes(run, 0, "shuffled").table("taps")
+    native = table[(table.basis == "native") & (table.threshold == THRESHOLD) & ~table.centred]
     assert native.accuracy.max() < 0.1 and native.snr.median() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.slow
 def test_a_random_cnn_takes_its_statistics_from_training_images(run):
     cnn = networks.cnn_half(run)
-    table = measure.measure(cnn, 1, "random").table("readouts")
+    table = measure.readouts(cnn, 1, "random").table("readouts")
     assert set(table.tap) == {"conv"} and set(table.variant) == set(measure.VARIANTS)
     assert (table.gradient <= optimum.TOLERANCE).all()
     settled = table[table.variant == "settled"].set_index("encoder")

@@ -12,16 +12,16 @@ from paperlib.experiment.measure import FOLDS
 ENCODERS = 6
 
 
-def tables(value, noise=0.01, seeds=3, taps=("ff1", "attn", "block")):
+def tables(value, noise=0.01, seeds=3, taps=("ff1", "attn", "block"), error=0.02):
     """Tables of a measurement whose statistics are value(seed, network, tap, basis, centred, column) -> (ENCODERS,)."""
-    rng, points, folds, nodes = np.random.default_rng(0), [], [], []
+    rng, points, folds = np.random.default_rng(0), [], []
     columns = ("accuracy", "snr", "snr_external", "mutual")
     for seed, network, tap in itertools.product(range(seeds), ("trained", "random"), taps):
         for basis, centred in itertools.product(("native", "rotated-0", "rotated-1"), (False, True)):
             curves = {name: np.array(value(seed, network, tap, basis, centred, name), float) for name in columns}
             for encoder in range(ENCODERS):
                 row = {"seed": seed, "network": network, "tap": tap, "basis": basis, "centred": centred}
-                row |= {"encoder": encoder + 1}
+                row |= {"encoder": encoder + 1} | {f"{name}_error": error for name in columns[1:]}
                 points.append(row | {name: curve[encoder] for name, curve in curves.items()})
                 for fold in range(FOLDS if basis != "rotated-1" else 0):
                     off = noise / FOLDS * rng.normal(size=len(columns))
@@ -29,11 +29,7 @@ def tables(value, noise=0.01, seeds=3, taps=("ff1", "attn", "block")):
                         name: curve[encoder] + part for (name, curve), part in zip(curves.items(), off, strict=True)
                     }
                     folds.append(row | {"fold": fold} | found)
-                if basis == "native":
-                    parts = rng.integers(1, 5, size=(600, 5))
-                    own = pd.DataFrame(parts, columns=["labels", "internal", "external", "mutual", "expected"])
-                    nodes.append(own.assign(**row).drop(columns="basis"))
-    return {"taps": pd.DataFrame(points), "folds": pd.DataFrame(folds), "nodes": pd.concat(nodes)}
+    return {"taps": pd.DataFrame(points), "folds": pd.DataFrame(folds)}
 
 
 def growing(seed, network, tap, basis, centred, column):
@@ -125,17 +121,14 @@ def test_steps_that_go_together_correlate():
     assert verdicts.steps_correlate(curve, np.arange(4.0)) == 0
 
 
-def test_an_interval_of_one_seed_is_that_of_images_and_nodes():
-    """The node part against a bootstrap of the nodes themselves."""
-    measured = tables(growing, noise=0.0, seeds=1, taps=("ff1",))
-    found = verdicts.curves(measured, "trained", "ff1", "snr", verdicts.RAW)
-    own = measured["nodes"].query("network == 'trained' and not centred and encoder == 3")
-    rng, quotients = np.random.default_rng(1), []
-    for _ in range(3000):
-        drawn = own.iloc[rng.integers(len(own), size=len(own))]
-        quotients.append(drawn.labels.sum() / (drawn.internal + drawn.external).sum())
-    relative = np.std(quotients) / np.mean(quotients)
-    assert found.draws[0, :, 2].std() / found.values[0, 2] == pytest.approx(relative, rel=0.1)
+def test_the_interval_of_one_seed_is_that_of_images_and_nodes():
+    images = verdicts.curves(tables(growing, noise=0.3, error=0.0), "trained", "ff1", "snr", verdicts.RAW)
+    nodes = verdicts.curves(tables(growing, noise=0.0, error=0.05), "trained", "ff1", "snr", verdicts.RAW)
+    both = verdicts.curves(tables(growing, noise=0.3, error=0.05), "trained", "ff1", "snr", verdicts.RAW)
+    spreads = [one.draws.std(axis=1) for one in (images, nodes, both)]
+    assert np.allclose(spreads[1], 0.05 * nodes.values, rtol=0.1)
+    assert np.allclose(spreads[2], np.hypot(*spreads[:2]), rtol=0.1)
+    assert np.allclose(both.draws.mean(axis=1), both.values, atol=0.02)
 
 
 # --- pruning

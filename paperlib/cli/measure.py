@@ -34,5 +34,5 @@ def execute(options: argparse.Namespace) -> int:
             if wanted and kind == "pruned":
                 print(readings.readouts(run, seed).folder)
             elif wanted and (kind != "shuffled" or seed == run.settings.seeds[0]):
-                print(measure.measure(run, seed, kind).folder)
+                print(measure.nodes(run, seed, kind).folder)
     return 0

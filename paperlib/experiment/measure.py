@@ -1,10 +1,12 @@
 """Stages of a walk that measure single nodes, version 2: readouts at their optimum, and what they say of nodes.
 
-Its tables are read by the rules of claims C1, C2, C3 and C6. A statistic is raw or centred (without the offset), of
-native or of rotated nodes; each comes with what it would be without one of ten folds of the test images.
+Its tables are read by the rules of claims C1, C2 and C3 (`verdicts`). A statistic is raw or centred (without the
+offset), of native or of rotated nodes; each comes with what it would be without one of ten folds of the test images,
+and with the error that nodes drawn anew would give it.
 """
 
 import itertools
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,74 +28,114 @@ IMAGES = 20_000  # training images of a readout, balanced over labels, at most
 ROTATIONS = 5  # draws of rotated nodes
 FOLDS = 10  # of the test images
 GROUP_BYTES = 7e9  # of features that are held at a time
+NODE_COLUMNS = ("labels", "clusters", "internal", "external", "own_noise", "mutual", "expected")
 VARIANTS = ("best", "third", "triple", "settled")  # penalty: chosen, a third, three times; solved to half the tolerance
 
 
-def measure(run: Run, seed: int, kind: str) -> Stage:
-    """Stage: readouts of one network at their optimum, and what they say of its nodes. kind: trained, random (of a CNN
-    with batch norm's statistics of training images), or shuffled: trained, with readouts of randomly reassigned labels.
+def readouts(run: Run, seed: int, kind: str) -> Stage:
+    """Stage: the readouts of one network at their optimum. kind: trained, random (of a CNN with batch norm's statistics
+    of training images), or shuffled: trained, with readouts of randomly reassigned labels.
 
-    readouts.csv: how each was solved. taps.csv: statistics of each tap, native and rotated, raw and centred. folds.csv:
-    the same without each fold. nodes.csv: every native node. correct.npz: tap -> (n_test,) and heads/tap -> (n_test, H)
-    bool. weights, means: tap -> (L, T, D), the chosen readout, and class means of test and (held/tap) held-out images.
+    readouts.csv: seed, network, encoder, tap, name, variant, l2, gradient, objective, held_out_accuracy (0..1).
+    weights: tap/variant -> (L, T, D), for `VARIANTS`.
     """
-    s = run.settings
-    network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
-    once = ONCE if seed == s.seeds[0] and kind != "shuffled" else ()
-    places = taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"])
+    network, places, inputs = _measured(run, seed, kind)
 
     def make(folder: Path) -> None:
-        images = run.images.to(training.best_device())
-        if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-            refresh_statistics(network, calibration_images(run, seed, images), images)
-        solved, rows = {}, []
+        images, weights, rows = _prepared(run, seed, kind, network), {}, []
         for number, group in enumerate(_groups(network, places, images)):
             found, said = _solved(run, seed, kind, network, group, images, folder / f"solved-{number}.pt")
-            solved |= found
+            weights |= found
             rows += said
-        best = {name: weights["best"] for name, weights in solved.items()}
+        save_table(folder / "readouts.csv", rows)
+        save_tensors(folder / "weights.safetensors", weights)
+
+    config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "held_out")
+    config |= {"seed": seed, "kind": kind, "taps": [place.name for place in places], "images": IMAGES}
+    return run.stage(f"readouts-at-optimum-{kind}-seed{seed}", config, inputs, make)
+
+
+def nodes(run: Run, seed: int, kind: str) -> Stage:
+    """Stage: what the readouts of one network say of its nodes, at every threshold of the sweep and the main one.
+
+    taps.csv: seed, network, encoder, tap, basis (native, rotated-0, ..), centred, threshold, accuracy, `statistics`.
+    folds.csv: the same without each fold, for native nodes and one rotation. variants.csv: snr and snr_centred with
+    other penalties. nodes.npz: tap/raw (or centred)/threshold -> (D, 7), `NODE_COLUMNS`.
+    correct.npz: tap -> (n_test,) and heads/tap -> (n_test, H) bool. means: tap -> class means (L, T, D) of test, and
+    held/tap of held-out images.
+    """
+    source, s = readouts(run, seed, kind), run.settings
+    network, places, inputs = _measured(run, seed, kind)
+    thresholds = sorted({s.threshold, *s.threshold_sweep})
+
+    def make(folder: Path) -> None:
+        images, weights = _prepared(run, seed, kind, network), source.tensors("weights")
+        weights = {name: weight.to(images.x_test.device) for name, weight in weights.items()}
+        best = {place.name: weights[f"{place.name}/best"] for place in places}
         _, held = held_out(run.images.y_train, s.held_out)
-        unseen, *_ = class_sums(network, places, best, images.x_train[held], images.y_train[held], images, folds=1)
+        unseen, seen, _ = class_sums(network, places, best, images.x_train[held], images.y_train[held], images, folds=1)
         sums, counts, correct = class_sums(network, places, best, images.x_test, images.y_test, images)
-        tap_rows, fold_rows, node_tables, means = [], [], [], {}
+        taps_, folds, variants, means, arrays = [], [], [], {}, {}
         for place in places:
             name, by_fold = place.name, sums.pop(place.name)
             row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind}
             means[name] = snp.means_of(by_fold.sum(dim=0), counts.sum(dim=0))
-            means[f"held/{name}"] = snp.means_of(unseen.pop(name)[0], images.y_train[held].bincount())
-            accuracy = {"accuracy": correct[name].float().mean().item()}
-            for basis, centred, fields in _readings(best[name], means[name], place, seed):
-                label = row | {"basis": basis, "centred": centred} | accuracy
-                thresholds = {s.threshold, *(s.threshold_sweep if basis == "native" else ())}
-                for at in thresholds:
-                    found = statistics(snp.boolean_matrices(fields, at), basis == "native")
-                    tap_rows.append(label | {"threshold": at} | found)
-                if basis == "native":
-                    table = of_nodes(snp.boolean_matrices(fields, s.threshold))
-                    node_tables.append(table.assign(**row, centred=centred))
+            means[f"held/{name}"] = snp.means_of(unseen.pop(name)[0], seen[0])
+            found, of_nodes = _of_tap(best[name], means[name], place, seed, thresholds)
+            accuracy = correct[name].float().mean().item()
+            taps_.append(found.assign(**row, accuracy=accuracy))
+            arrays |= {f"{name}/{key}": values for key, values in of_nodes.items()}
             fold = _folds(images.y_test)
             for left_out in range(FOLDS):
-                kept, number = by_fold.sum(dim=0) - by_fold[left_out], counts.sum(dim=0) - counts[left_out]
-                accuracy = {"accuracy": correct[name][fold != left_out].float().mean().item(), "fold": left_out}
-                for basis, centred, fields in _readings(best[name], snp.means_of(kept, number), place, seed, draws=1):
-                    label = row | {"basis": basis, "centred": centred} | accuracy
-                    found = statistics(snp.boolean_matrices(fields, s.threshold), basis == "native")
-                    fold_rows.append(label | found)
-            for line in (line for line in rows if line["name"] == name):
-                fields = snp.field_matrices(solved[name][line["variant"]], means[name])
-                for column, values in (("snr", fields), ("snr_centred", snp.split_offset(fields)[0])):
-                    line[column] = snp.tap_statistics(snp.boolean_matrices(values, s.threshold)).snr
-        save_table(folder / "readouts.csv", rows)
-        save_table(folder / "taps.csv", tap_rows)
-        save_table(folder / "folds.csv", fold_rows)
-        save_table(folder / "nodes.csv", pd.concat(node_tables))
+                kept = by_fold.sum(dim=0) - by_fold[left_out], counts.sum(dim=0) - counts[left_out]
+                found, _ = _of_tap(best[name], snp.means_of(*kept), place, seed, thresholds, draws=1)
+                accuracy = correct[name][fold != left_out].float().mean().item()
+                folds.append(found.assign(**row, accuracy=accuracy, fold=left_out))
+            for variant in VARIANTS:
+                fields = snp.field_matrices(weights[f"{name}/{variant}"], means[name])
+                both = (snp.boolean_matrices(part, s.threshold) for part in (fields, snp.split_offset(fields)[0]))
+                raw, centred = (snp.tap_statistics(booleans).snr for booleans in both)
+                variants.append(row | {"variant": variant, "snr": raw, "snr_centred": centred})
+        for table, parts in (("taps", taps_), ("folds", folds)):
+            save_table(folder / f"{table}.csv", pd.concat(parts))
+        save_table(folder / "variants.csv", variants)
+        save_arrays(folder / "nodes.npz", arrays)
         save_arrays(folder / "correct.npz", correct)
-        save_tensors(folder / "weights.safetensors", best)
         save_tensors(folder / "means.safetensors", means)
 
-    config = run.config(*ARCHITECTURE, *SPLIT[s.blind], "held_out", "threshold", "threshold_sweep")
-    config |= {"seed": seed, "kind": kind, "taps": [place.name for place in places], "images": IMAGES}
-    return run.stage(f"measure-{kind}-seed{seed}", config, inputs, make)
+    config = {"held_out": s.held_out, "seed": seed, "kind": kind, "thresholds": thresholds}
+    return run.stage(f"nodes-{kind}-seed{seed}", config, inputs | {"readouts": source.sha256}, make)
+
+
+def _measured(run: Run, seed: int, kind: str) -> tuple[nn.Module, list[Tap], dict[str, str]]:
+    """The network of a kind, where its nodes are measured, and what the stage depends on."""
+    network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
+    once = ONCE if seed == run.settings.seeds[0] and kind != "shuffled" else ()
+    return network, taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"]), inputs
+
+
+def _prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
+    """The images on the device; a random CNN takes its batch norm's statistics from them."""
+    images = run.images.to(training.best_device())
+    if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        refresh_statistics(network, calibration_images(run, seed, images), images)
+    return images
+
+
+def _of_tap(
+    weight: Tensor, means: Tensor, place: Tap, seed: int, thresholds: list[float], draws: int = ROTATIONS
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """Statistics of a tap, one row for each basis, raw and centred, and threshold; and of its native nodes, raw (or
+    centred)/threshold -> (D, 7)."""
+    rows, of_nodes = [], {}
+    for basis, centred, fields in _readings(weight, means, place, seed, draws):
+        for threshold in thresholds:
+            booleans = snp.boolean_matrices(fields, threshold)
+            every = node_columns(booleans)
+            rows.append({"basis": basis, "centred": centred, "threshold": threshold} | statistics(booleans, every))
+            if basis == "native":
+                of_nodes[f"{'centred' if centred else 'raw'}/{threshold:g}"] = every.float()
+    return pd.DataFrame(rows), of_nodes
 
 
 def _groups(network: nn.Module, places: list[Tap], images: Images) -> list[list[Tap]]:
@@ -116,8 +158,8 @@ def _groups(network: nn.Module, places: list[Tap], images: Images) -> list[list[
 
 def _solved(
     run: Run, seed: int, kind: str, network: nn.Module, places: list[Tap], images: Images, checkpoint: Path
-) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-    """The readouts of some taps, in every variant, and how they were solved; from the checkpoint, if it is there."""
+) -> tuple[dict[str, Tensor], list[dict]]:
+    """The readouts of some taps, tap/variant -> (L, T, D), and how they were solved; from the checkpoint, if it is there."""
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=images.x_train.device, weights_only=True)
         return saved["weights"], saved["rows"]
@@ -136,8 +178,8 @@ def _solved(
         choice = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}"))
         settled = optimum.solve(data, choice.best.l2, choice.best, optimum.TOLERANCE / 2)
         found = dict(zip(VARIANTS, (choice.best, choice.third, choice.triple, settled), strict=True))
-        weights[place.name] = {variant: one.weight.unflatten(1, own.shape[1:]) for variant, one in found.items()}
         for variant, one in found.items():
+            weights[f"{place.name}/{variant}"] = one.weight.unflatten(1, own.shape[1:])
             answers = (unseen @ one.weight.T).argmax(dim=1)
             row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind, "name": place.name}
             row |= {"variant": variant, "l2": one.l2, "gradient": one.gradient, "objective": one.objective}
@@ -214,24 +256,32 @@ def _readings(weight: Tensor, means: Tensor, place: Tap, seed: int, draws: int =
         yield f"rotated-{number}", True, snp.split_offset(fields)[0]
 
 
-def statistics(booleans: Tensor, clusters: bool) -> dict[str, float]:
-    """Statistics of a tap: those of `snp.TapStatistics` and, if asked what its clusters mean, mutual: mutual confusions
-    of recognised labels over what row and column sums give; own_noise: share of noise in columns of own labels, 0..1.
-    """
-    found = asdict(snp.tap_statistics(booleans))
-    if not clusters:
-        return found
-    mutual, expected = snp.mutual_confusions(booleans).sum(dim=0).tolist()
-    noise = float(booleans.sum() - snp.diagonal_labels(booleans).sum())
-    own = float(snp.own_noise(booleans).sum())
-    quotients = (("mutual", mutual, expected), ("own_noise", own, noise))
-    return found | {name: part / rest if rest else float("nan") for name, part, rest in quotients}
-
-
-def of_nodes(booleans: Tensor) -> pd.DataFrame:
-    """Every node of a tap: node, labels, clusters, internal, external, own_noise, mutual, expected."""
+def node_columns(booleans: Tensor) -> Tensor:
+    """Every node of a tap: (D, L, L) bool -> (D, 7), the columns of `NODE_COLUMNS`."""
     found = snp.node_statistics(booleans)
-    mutual, expected = snp.mutual_confusions(booleans).T
-    table = pd.DataFrame({name: getattr(found, name).cpu() for name in found.__dataclass_fields__})
-    table = table.assign(own_noise=snp.own_noise(booleans).cpu(), mutual=mutual.cpu(), expected=expected.cpu())
-    return table.rename_axis("node").reset_index()
+    columns = [found.labels, found.clusters, found.internal, found.external, snp.own_noise(booleans)]
+    return torch.cat([torch.stack(columns, dim=1), snp.mutual_confusions(booleans)], dim=1).double()
+
+
+def statistics(booleans: Tensor, every: Tensor) -> dict[str, float]:
+    """Statistics of a tap from those of its nodes (`node_columns`): those of `snp.TapStatistics`; mutual: mutual
+    confusions of recognised labels over what row and column sums give; own_noise: share of noise in columns of own
+    labels, 0..1; and of some the relative standard error if its nodes were drawn anew (snr_error, ...)."""
+    labels, clusters, internal, external, own, mutual, expected = every.T
+    summed = snp.NodeStatistics(labels, clusters, internal, external)
+    found = asdict(snp.summarise(summed, booleans.shape[1]))
+    found |= {"mutual": _quotient(mutual, expected), "own_noise": _quotient(own, internal + external)}
+    for name, above, below in (
+        ("snr", labels, internal + external),
+        ("snr_external", labels, external),
+        ("mutual", mutual, expected),
+    ):
+        shares = (part / part.sum() for part in (above, below))
+        first, second = shares
+        found[f"{name}_error"] = (first - second).square().sum().sqrt().item()
+    return found
+
+
+def _quotient(above: Tensor, below: Tensor) -> float:
+    total = below.sum().item()
+    return above.sum().item() / total if total else math.nan
