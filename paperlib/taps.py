@@ -4,9 +4,11 @@ A tap is one activation of one sub-block, recorded as (n, T, D): n images, T pos
 map), D nodes. Nothing after this module knows what kind of network the nodes belong to.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ class Tap:
     heads: int = 0  # heads whose nodes lie side by side here; 0 where they are mixed
     pooled: bool = False  # whether the mean over positions is taken (T = 1)
     groups: int = 1  # groups of nodes, side by side, that a rotation of nodes keeps apart
+    axis: int | None = None  # where nodes lie in what the module gives; None: as its kind and shape say (`node_axis`)
+    batch_axis: int = 0  # where images lie
+    call: int | None = None  # which call, from 0, of a module that one pass calls several times
 
     @property
     def name(self) -> str:
@@ -73,7 +78,7 @@ def cnn_taps(network: nn.Module) -> list[Tap]:
     taps: list[Tap] = []
     for index, module in enumerate(network.features):
         if isinstance(module, nn.Conv2d):
-            taps.append(Tap(len(taps) + 1, "conv", ""))
+            taps.append(Tap(len(taps) + 1, "conv", "", axis=1))
         elif isinstance(module, nn.ReLU | nn.MaxPool2d):
             taps[-1] = replace(taps[-1], module=f"features.{index}")
     return taps
@@ -90,39 +95,124 @@ class AllRecorded(Exception):
 
 @contextmanager
 def recording(network: nn.Module, taps: Iterable[Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D). Of a module that
-    answers with a tuple, the first; of one that is called several times, the last call. With `stop`, a pass ends in
-    `AllRecorded` once every tap was met."""
-    recorded: dict[str, Tensor] = {}
-    taps = list(taps)
+    """Within the block, each forward pass of `network` fills the yielded dict: tap name -> (n, T, D). Of what a module
+    answers with, the tensor, or the first of several, or its `last_hidden_state`. With `stop`, a pass ends in
+    `AllRecorded` once every tap was met.
 
-    def keep(tap: Tap):
-        def hook(module, args, *output):
-            value = output[0] if output else args[0]
-            nodes = as_nodes(value[0] if isinstance(value, tuple) else value)
-            recorded[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
-            if stop and len(recorded) == len(taps):
-                raise AllRecorded
-
-        return hook
-
+    A pass raises ValueError, naming the tap, for a module that it does not call, or calls several times if the tap does
+    not say which call; for a layout that can be read in two ways; for another number of entries than images; and for an
+    activation that a later layer overwrites in place.
+    """
+    record = _Record(list(taps), stop)
     hooks = []
     try:
-        for tap in taps:
+        for tap in record.taps:
             module = network.get_submodule(tap.module)
             hook = module.register_forward_pre_hook if tap.side == "input" else module.register_forward_hook
-            hooks.append(hook(keep(tap)))
-        yield recorded
+            hooks.append(hook(partial(record.keep, tap)))
+        hooks += [network.register_forward_pre_hook(record.start), network.register_forward_hook(record.finish)]
+        yield record.nodes
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def as_nodes(activation: Tensor) -> Tensor:
-    """(n, T, D) as it is; feature maps (n, D, height, width) -> (n, T, D); vectors (n, D) -> (n, 1, D)."""
-    if activation.ndim == 4:
-        return activation.flatten(2).transpose(1, 2)
-    return activation[:, None] if activation.ndim == 2 else activation
+class _Record:
+    """What a forward pass has met so far."""
+
+    def __init__(self, taps: list[Tap], stop: bool):
+        names = [tap.name for tap in taps]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two taps are called {twice[0]}: give one another kind or encoder")
+        self.taps, self.stop = taps, stop
+        self.nodes: dict[str, Tensor] = {}
+        self.given: dict[str, tuple[Tensor, int]] = {}  # what was recorded as the module gave it, and its version then
+        self.calls: Counter = Counter()
+
+    def start(self, *_) -> None:
+        self.given.clear()
+        self.calls.clear()
+
+    def keep(self, tap: Tap, module: nn.Module, args: tuple, *output) -> None:
+        self.calls[tap.name] += 1
+        if tap.call is not None and self.calls[tap.name] - 1 != tap.call:
+            return
+        if tap.call is None and self.calls[tap.name] > 1:
+            raise ValueError(f"tap {tap.name}: {tap.module} is called several times in one pass: say which with call=0")
+        value = _tensor(output[0] if output else args[0], tap)
+        nodes = as_nodes(value, node_axis(tap, module, value), tap.batch_axis)
+        self.nodes[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
+        self.given[tap.name] = value, value._version
+        if self.stop and len(self.given) == len(self.taps):
+            self.check()
+            raise AllRecorded
+
+    def finish(self, _, args: tuple, __) -> None:
+        images = len(args[0]) if args and isinstance(args[0], Tensor) else None
+        for tap in self.taps:
+            if tap.name not in self.given:
+                raise ValueError(f"tap {tap.name}: {tap.module} is not called in a pass: take a module that is")
+            entries = len(self.nodes[tap.name])
+            if images is not None and entries != images:
+                raise ValueError(
+                    f"tap {tap.name}: {entries} entries for {images} images: say where images lie with batch_axis, "
+                    "or take a module that does not split them into windows"
+                )
+        self.check()
+
+    def check(self) -> None:
+        for tap in self.taps:
+            value, version = self.given[tap.name]
+            if value._version != version:
+                raise ValueError(
+                    f"tap {tap.name}: a later layer overwrites the output of {tap.module} in place: "
+                    "tap what that layer gives, or build it with inplace=False"
+                )
+
+
+def _tensor(value, tap: Tap) -> Tensor:
+    """The tensor that a module gives, or takes."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = value.get("last_hidden_state", next(iter(value.values())) if len(value) == 1 else None)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"tap {tap.name}: {tap.module} gives no tensor, but {type(value).__name__}: take one within it"
+        )
+    return value
+
+
+CHANNELS_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
+)  # fmt: skip
+
+
+def node_axis(tap: Tap, module: nn.Module, activation: Tensor) -> int:
+    """Where nodes lie in an activation: as the tap says; else behind images where a layer of channels gives it, or in
+    square maps that follow them; else last. ValueError for maps that can be read in two ways."""
+    if tap.axis is not None:
+        return tap.axis
+    shape = tuple(activation.shape)
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1 if tap.side == "output" else 0]
+    if isinstance(module, CHANNELS_FIRST) and len(shape) > 2:
+        return 1
+    if len(shape) in (2, 3):
+        return -1
+    if len(shape) == 4 and tap.batch_axis == 0 and (shape[1] == shape[2]) != (shape[2] == shape[3]):
+        return 1 if shape[2] == shape[3] else 3
+    raise ValueError(
+        f"tap {tap.name}: an activation of {shape} may have {shape[1]} nodes or {shape[-1]}: "
+        f"say which with axis=1 or axis={len(shape) - 1}"
+    )
+
+
+def as_nodes(activation: Tensor, axis: int = -1, batch_axis: int = 0) -> Tensor:
+    """An activation with nodes and images on these axes -> (n, T, D): all other axes are positions."""
+    moved = activation.movedim((batch_axis, axis), (0, -1))
+    return moved.flatten(1, -2) if moved.ndim > 2 else moved[:, None]
 
 
 @torch.no_grad()
@@ -134,7 +224,7 @@ def activations(
     with recording(network, taps) as recorded:
         for batch in images.split(batch_size):
             network(normalise(batch, mean, std))
-            yield dict(recorded)
+            yield {name: value.float() for name, value in recorded.items()}
             recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory
 
 
@@ -151,7 +241,7 @@ def features(
             with suppress(AllRecorded):
                 network(normalise(images[start : start + batch_size], mean, std))
             for tap in taps:
-                part = recorded.pop(tap.name)
+                part = recorded.pop(tap.name).float()
                 if tap.name not in found:
                     found[tap.name] = part.new_empty(len(images), *part.shape[1:])
                 found[tap.name][start : start + batch_size] = part

@@ -149,7 +149,7 @@ def test_unknown_taps_are_refused(network, refuses):
 def test_nothing_is_recorded_after_the_block(network):
     images = torch.randn(1, 3, 16, 16, generator=seeded())
     with taps.recording(network, taps.cct_taps(network, KINDS)) as recorded:
-        assert hooks_of(network) == 15
+        assert hooks_of(network) == 15 + 2  # and of the whole network
         network(images)
         assert len(recorded) == 15
         recorded.clear()
@@ -169,7 +169,7 @@ def test_no_hook_survives_an_exception(network):
 
 def test_maps_and_vectors_become_nodes():
     maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    nodes = taps.as_nodes(maps)
+    nodes = taps.as_nodes(maps, axis=1)
     assert nodes.shape == (2, 20, 3)
     for filter_, row, column in [(0, 0, 0), (2, 1, 3), (1, 3, 4)]:
         assert torch.equal(nodes[:, 5 * row + column, filter_], maps[:, filter_, row, column])
@@ -483,6 +483,7 @@ def test_cnn_taps_are_the_layers_after_activation_and_pooling():
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     with taps.recording(network, places) as recorded, torch.no_grad():
         logits = network(images)
+    with torch.no_grad():
         x, outputs = images, []
         for module in network.features:
             if isinstance(module, nn.Conv2d) and x is not images:

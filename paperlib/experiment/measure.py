@@ -159,7 +159,7 @@ def _groups(network: nn.Module, places: list[Tap], images: Images) -> list[list[
 def _solved(
     run: Run, seed: int, kind: str, network: nn.Module, places: list[Tap], images: Images, checkpoint: Path
 ) -> tuple[dict[str, Tensor], list[dict]]:
-    """Readouts of some taps, tap/variant -> (L, T, D), and how they were solved; from the checkpoint, if there is one."""
+    """Readouts of some taps, tap/variant -> (L, T, D), and how they were solved; from a checkpoint, if there is one."""
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=images.x_train.device, weights_only=True)
         return saved["weights"], saved["rows"]
