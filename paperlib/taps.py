@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -213,6 +214,37 @@ def as_nodes(activation: Tensor, axis: int = -1, batch_axis: int = 0) -> Tensor:
     """An activation with nodes and images on these axes -> (n, T, D): all other axes are positions."""
     moved = activation.movedim((batch_axis, axis), (0, -1))
     return moved.flatten(1, -2) if moved.ndim > 2 else moved[:, None]
+
+
+@torch.no_grad()
+def list_taps(network: nn.Module, batch: Tensor) -> pd.DataFrame:
+    """What can be tapped in a network, in the order in which a pass of one batch (what the network takes) calls it:
+    module (path), kind, shape (as the module gives it), positions and nodes (as `recording` reads it), note (or why it
+    does not)."""
+    rows, hooks = [], []
+
+    def look(path: str):
+        def hook(module, _, output) -> None:
+            row = {"module": path, "kind": type(module).__name__, "shape": None, "positions": None, "nodes": None}
+            try:
+                value = _tensor(output, Tap(0, path, path))
+                row["shape"] = tuple(value.shape)
+                _, row["positions"], row["nodes"] = as_nodes(value, node_axis(Tap(0, path, path), module, value)).shape
+                rows.append(row | {"note": ""})
+            except ValueError as error:
+                rows.append(row | {"note": str(error).partition(": ")[2]})
+
+        return hook
+
+    try:
+        hooks = [module.register_forward_hook(look(path)) for path, module in network.named_modules() if path]
+        network.eval()(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    table = pd.DataFrame(rows).astype({"positions": "Int64", "nodes": "Int64"})
+    called = table.module.map(table.module.value_counts())
+    return table.assign(note=table.note.where(called == 1, "called several times: say which with call=0"))
 
 
 @torch.no_grad()

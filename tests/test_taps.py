@@ -182,3 +182,21 @@ def test_half_precision_is_measured_in_fp32():
     (batch,) = taps.activations(network, [place], images, mean, std)
     assert batch["1.x"].dtype == torch.float32
     assert torch.equal(taps.features(network, [place], images, mean, std)["1.x"], batch["1.x"])
+
+
+def test_a_list_of_taps_reads_as_recording_does():
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 7), nn.ReLU())
+    network[4] = network[1]  # shared
+    x = torch.randn(2, 3, 4, 4)
+    table = taps.list_taps(network, x).set_index("module")
+    assert list(table.index) == ["0", "1", "2", "3", "1"]
+    assert (table.positions["0"], table.nodes["0"], table.nodes["3"]) == (16, 5, 7)
+    for path in ("0", "2", "3"):
+        assert record(network, Tap(1, "x", path), x).shape[1:] == (table.positions[path], table.nodes[path])
+    assert table.note["1"].str.contains("called several times").all() and table.note["0"] == ""
+
+
+def test_a_list_of_taps_says_what_cannot_be_read():
+    table = taps.list_taps(nn.Sequential(nn.ReLU(), Inner(lambda x: {"a": x, "b": x})), torch.rand(2, 4, 4, 4))
+    assert table.note[0].startswith("an activation of (2, 4, 4, 4) may have") and table.nodes.isna().all()
+    assert "gives no tensor" in table.note[1]

@@ -1,0 +1,95 @@
+"""The measure for a network of one's own: any module, any batches -> how clean its nodes are, with the nulls."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from paperlib import optimum, snp
+from paperlib.data import held_out
+from paperlib.taps import Tap, recording
+
+ROTATIONS = 5  # draws of rotated nodes
+
+
+def probe(
+    network: nn.Module,
+    taps: list[Tap],
+    train: Iterable,
+    test: Iterable,
+    null: nn.Module | None = None,
+    threshold: float = 0.3,
+    share: float = 0.1,
+) -> pd.DataFrame:
+    """Measure the nodes of some taps: one row for each network and tap.
+
+    train, test: batches of (inputs, labels), such as DataLoaders; inputs are what the network takes (a tensor, a tuple,
+    a dictionary), labels whole numbers from 0. null: the same network with other weights, such as random ones.
+    threshold: of Boolean matrices, 0..1. share: of each label's training examples; the last ones choose penalties.
+
+    Columns: network, tap, accuracy (0..1, of the readout on test examples), snr and snr_rotated (of nodes, and of
+    random directions that carry the same information), centred and centred_rotated (without the offset), labels
+    (recognised per node), l2 (chosen penalty). Raises ValueError, in one sentence, for what cannot be measured.
+    """
+    train, test, rows = list(train), list(test), []
+    for name, one in (("network", network), *([("null", null)] if null is not None else [])):
+        known, y = features(one, taps, train)
+        unseen, y_test = features(one, taps, test)
+        if missing := sorted(set(y_test.tolist()) - set(y.tolist())):
+            raise ValueError(f"label {missing[0]} has test examples only: a readout needs some to learn from")
+        kept, held = held_out(y.cpu(), share)
+        for tap in taps:
+            own = known[tap.name]
+            data = optimum.problem(own[kept], y[kept], int(y.max()) + 1)
+            best = optimum.choose(data, own[held], y[held], log=lambda said: None).best
+            right = (unseen[tap.name].flatten(1) @ best.weight.T).argmax(dim=1) == y_test
+            row = {"network": name, "tap": tap.name, "accuracy": right.float().mean().item()}
+            means = snp.class_means(unseen[tap.name], y_test, data.num_labels)
+            row |= _nodes(best.weight.unflatten(1, own.shape[1:]), means, tap, threshold)
+            rows.append(row | {"l2": best.l2})
+    return pd.DataFrame(rows)
+
+
+def _nodes(weight: Tensor, means: Tensor, tap: Tap, threshold: float) -> dict[str, float]:
+    """SNR of native and of rotated nodes (mean over draws), raw and centred, and labels per native node."""
+    rotations = snp.rotations(weight.shape[2], ROTATIONS, torch.Generator().manual_seed(0), tap.groups)
+    raw, centred = [], []
+    for basis in (torch.eye(weight.shape[2]), *rotations):
+        fields = snp.field_matrices(snp.rotated(weight, basis), snp.rotated(means, basis))
+        raw.append(snp.tap_statistics(snp.boolean_matrices(fields, threshold)))
+        centred.append(snp.tap_statistics(snp.boolean_matrices(snp.split_offset(fields)[0], threshold)).snr)
+    row = {"snr": raw[0].snr, "snr_rotated": sum(one.snr for one in raw[1:]) / ROTATIONS}
+    row |= {"centred": centred[0], "centred_rotated": sum(centred[1:]) / ROTATIONS}
+    return row | {"labels": raw[0].labels_per_node}
+
+
+@torch.no_grad()
+def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[dict[str, Tensor], Tensor]:
+    """Activations of all examples, fp32, in evaluation mode, tap name -> (n, T, D), and their labels (n,)."""
+    device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
+    found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
+    labels = []
+    network.eval()
+    with recording(network, taps) as recorded:
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise ValueError(f"a batch must be a pair (inputs, labels), not {type(batch).__name__}")
+            inputs, own = batch
+            _call(network, inputs, device)
+            for name, parts in found.items():
+                parts.append(recorded[name].float().clone())
+            labels.append(torch.as_tensor(own).to(device))
+    if not labels:
+        raise ValueError("there are no batches to measure")
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels).long()
+
+
+def _call(network: nn.Module, inputs: Any, device: torch.device) -> None:
+    if isinstance(inputs, Mapping):
+        network(**{name: value.to(device) for name, value in inputs.items()})
+    elif isinstance(inputs, tuple | list):
+        network(*(value.to(device) for value in inputs))
+    else:
+        network(inputs.to(device))
