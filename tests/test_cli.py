@@ -1,5 +1,6 @@
 """./run_all.sh: wrong arguments are one sentence and exit code 2, before anything runs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -159,3 +160,29 @@ def test_a_missing_or_cut_python_is_one_sentence(answer, said, tmp_path):
     done = subprocess.run(["bash", "run_all.sh"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / ".venv").exists()
+
+
+# --- terminals, pipes and schedulers
+
+
+@pytest.mark.parametrize(
+    ("line", "encoding"), [("{python} -m paperlib list | head -n 1", "utf-8"), ("{python} -m paperlib list", "ascii")]
+)
+def test_what_reads_the_output_may_stop_or_know_no_signs(line, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = ["bash", "-o", "pipefail", "-c", line.format(python=sys.executable)]
+    done = subprocess.run(command, cwd=paths.root(), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+def test_a_scheduler_that_stops_a_training_gets_a_sentence(folders):
+    command = [sys.executable, "-m", "paperlib", "train", "quick", "--set", "epochs=50"]
+    process = subprocess.Popen(command, cwd=paths.root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):  # the state after the first is on the disk
+            break
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == "paperlib train: stopped by SIGTERM: the same command goes on from here"
+    assert list((folders / "runs").rglob("checkpoint.pt"))

@@ -6,7 +6,10 @@ whatever stops a command before its work is done, is one sentence and exit code 
 
 import argparse
 import importlib
+import os
+import signal
 import sys
+from contextlib import suppress
 
 COMMANDS = {
     "run": "run the notebooks of a profile, from training to figures",
@@ -36,15 +39,29 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Execute one command; returns the exit code: 0 done, 1 the work failed, 2 wrong input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to stop
     options = parsed(sys.argv[1:] if arguments is None else arguments)
+    with suppress(ValueError):  # of a thread, which gets no signals
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         return options.execute(options)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"paperlib {options.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"paperlib {options.command}: stopped by hand: the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        by = f"by {stop.args[0]}" if stop.args else "by hand"
+        print(f"paperlib {options.command}: stopped {by}: the same command goes on from here", file=sys.stderr)
+        return 143 if stop.args else 130
+
+
+def _terminated(*_) -> None:
+    """What a scheduler sends before it kills ends a command as an interruption by hand does."""
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def add_changes(parser: argparse.ArgumentParser) -> None:
