@@ -1,11 +1,13 @@
 """What made a result: versions, hardware, revision, memory."""
 
 import ctypes
+import hashlib
 import platform
 import re
 import resource
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,15 @@ def revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit[:12]}+changes" if changed else commit[:12]
+
+
+@cache
+def code_sha256() -> str:
+    """Hash of the package's code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(str(path.relative_to(Path(__file__).parent)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def peak_gb(forget: bool = False) -> float:

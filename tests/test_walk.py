@@ -11,8 +11,9 @@ import nbformat
 import papermill
 import pytest
 
-from paperlib import paths
+from paperlib import files, paths, provenance
 from paperlib.cli import main
+from paperlib.cli import run as cli_run
 from paperlib.cli.check import all_verdicts, differing_nodes
 from paperlib.cli.run import run_notebook
 from paperlib.experiment.settings import load_settings, open_run
@@ -71,6 +72,34 @@ def test_stopping_a_walk_by_hand_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", interrupted)
     said = run_notebook(tmp_path / "01.ipynb", tmp_path, "quick", {})
     assert said == "stopped by hand: the same command goes on from here"
+
+
+def test_a_notebook_runs_again_only_if_something_has_changed(folders, monkeypatch):
+    ran = []
+
+    def execute(notebook, folder, profile, changes):
+        ran.append(notebook.stem[:2])
+        nbformat.write(nbformat.read(notebook, as_version=4), folder / notebook.name)
+        (folder / f"{notebook.stem}.png").write_text("a figure")
+        files.write_json(folder / "summary.json", {"verdicts": [], "results": {}})
+
+    def walk(*options):
+        ran.clear()
+        assert main(["run", "quick", *options]) == 0
+        return ran
+
+    monkeypatch.setattr(cli_run, "run_notebook", execute)
+    monkeypatch.setattr(cli_run.report, "write", lambda folder: folder)
+    every = ["01", "02", "03", "04", "05", "06", "00"]
+    assert walk() == every and walk() == []
+    assert walk("--again", "--only", "02") == ["02"] and walk() == []
+    (folders / "runs" / "quick" / "walk" / "03_andc_pruning.png").unlink()
+    assert walk() == ["03", "00"]  # and what reads the others' results
+    (folders / "runs" / "quick" / "walk" / "06_explorer.ipynb").write_text("{")
+    assert walk() == ["06", "00"]
+    assert walk("--set", "threshold=0.4") == every and walk() == []
+    monkeypatch.setattr(provenance, "code_sha256", lambda: "other")
+    assert walk() == every
 
 
 @pytest.mark.slow

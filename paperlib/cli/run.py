@@ -1,22 +1,29 @@
 """Run the notebooks of a profile headless, one after the other: train, measure, prune, look at the heads.
 
-Stages whose inputs have not changed are kept, so an interrupted run goes on where it stopped. Executed notebooks,
-figures, tables, summary.json and report.html go to a folder of runs/<profile>; tracked files are never touched.
+Stages whose inputs have not changed are kept, so an interrupted run goes on where it stopped; a notebook is not run
+again if neither it nor the code, the settings or the data have changed since (--again runs it nevertheless). Executed
+notebooks, figures, tables, summary.json and report.html go to a folder of runs/<profile>; tracked files are never
+touched.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from paperlib import notebooks
+from paperlib import files, notebooks, provenance
 from paperlib.cli import add_changes, report
 from paperlib.experiment import networks, settings
+from paperlib.experiment.store import Run
 from paperlib.files import read_json
 
 
@@ -24,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help="see `list` (default: quick)")
     parser.add_argument("--from", dest="start", metavar="NN", help="start with this notebook, e.g. 02")
     parser.add_argument("--only", metavar="NN,NN", help="run these notebooks only")
+    parser.add_argument("--again", action="store_true", help="run notebooks again that have not changed")
     add_changes(parser)
 
 
@@ -38,11 +46,16 @@ def execute(options: argparse.Namespace) -> int:
     times, failed = {}, None
     for path in chosen:
         print(f"\n{path.stem}", flush=True)
-        start = time.time()
+        start, key = time.time(), _key(path, run)
+        others = all(seconds is None for seconds in times.values())  # 00 reads what they leave
+        if not options.again and _is_done(run.output / path.name, key) and (others or path.stem != notebooks.START):
+            times[path.stem] = None
+            continue
         failed = run_notebook(path, run.output, options.profile, changes)
         times[path.stem] = time.time() - start
         if failed:
             break
+        _mark_done(run.output / path.name, key, start)
     print(_table(times, failed))
     if failed:
         return 1
@@ -64,6 +77,30 @@ def _chosen(start: str | None, only: str | None) -> list[Path]:
     if wanted and not set(wanted) & set(later):
         raise ValueError(f"--from {start} leaves none of --only {only}: take one of the two")
     return [by_number[number] for number in later if not wanted or number in wanted]
+
+
+def _key(notebook: Path, run: Run) -> str:
+    """Hash of all that decides what a notebook shows: its cells, the settings, the data, the package's code."""
+    cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
+    decides = [cells, run.settings.model_dump(), run.data_sha256, provenance.code_sha256()]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _is_done(copy: Path, key: str) -> bool:
+    """Whether this very notebook was executed to its end, and what it left is still there."""
+    if not copy.exists():
+        return False
+    with suppress(ValueError), files.reading(copy, files.ANEW):  # a damaged copy is made anew
+        done = nbformat.read(copy, as_version=4).metadata.get("paperlib", {})
+        return done.get("key") == key and all((copy.parent / name).exists() for name in done["left"])
+    return False
+
+
+def _mark_done(copy: Path, key: str, start: float) -> None:
+    notebook = nbformat.read(copy, as_version=4)
+    left = sorted(path.name for path in copy.parent.iterdir() if path.is_file() and path.stat().st_mtime >= start)
+    notebook.metadata["paperlib"] = {"key": key, "left": [name for name in left if name != copy.name]}
+    files.write_text(copy, nbformat.writes(notebook) + "\n")
 
 
 def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> str | None:
@@ -98,12 +135,13 @@ def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> s
     return None
 
 
-def _table(times: dict[str, float], failed: str | None) -> str:
-    """What happened, notebook by notebook."""
+def _table(times: dict[str, float | None], failed: str | None) -> str:
+    """What happened, notebook by notebook; None: it was not run again."""
     lines = ["", f"{'notebook':28}{'seconds':>8}  result"]
     for number, (name, seconds) in enumerate(times.items(), start=1):
-        lines.append(f"{name:28}{seconds:8.0f}  {'failed' if failed and number == len(times) else 'done'}")
-    lines.append(f"{'together':28}{sum(times.values()):8.0f}")
+        result = "failed" if failed and number == len(times) else "unchanged" if seconds is None else "done"
+        lines.append(f"{name:28}{seconds or 0:8.0f}  {result}")
+    lines.append(f"{'together':28}{sum(filter(None, times.values())):8.0f}")
     if failed:
         lines += ["", f"{list(times)[-1]} failed. {failed}"]
     return "\n".join(lines)
