@@ -78,8 +78,8 @@ def _clusters(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     trained, random = (snr.xs(kind, level="network").stack() for kind in ("trained", "random"))
     lowest = (trained - random).idxmin()
     return (
-        f"clusters of at most {size:.1f} labels",
-        f"SNR at least {trained[lowest]:.2f}; random weights {random[lowest]:.2f}",
+        f"clusters of {size:.1f} labels on average, or fewer",
+        f"SNR nearest to random weights: {trained[lowest]:.2f} against {random[lowest]:.2f}",
     )
 
 

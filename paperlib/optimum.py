@@ -19,6 +19,7 @@ from torch import Tensor
 from paperlib.training import fast_bf16
 
 GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
+EXTENSIONS = 8  # decades by which the grid may grow at either end
 ROUGHLY = 1e-2  # tolerance while penalties are compared
 TOLERANCE = 1e-3  # largest norm of the gradient, over that at W = 0
 CERTAIN = 50  # times TOLERANCE: largest norm of the gradient over that of the penalty's, which bounds the error of W
@@ -274,14 +275,18 @@ def choose(
 
     for l2 in sorted(grid, reverse=True):
         found = score(l2, found)
-        if l2 < best() and sum(other < best() for other in tried) == 2:
+        highest = tried[best()]["accuracy"]
+        if sum(row["accuracy"] < highest for row in tried.values() if row["l2"] < best()) == 2:
             break
     for edge, factor in ((max, 10.0), (min, 0.1)):
-        while (last := best()) == edge(tried):
-            log(f"the best penalty {last:g} is the last of the grid: trying {last * factor:g}, too")
-            found = score(last * factor, found)
-            if tried[last * factor]["accuracy"] <= tried[last]["accuracy"]:
+        for _ in range(EXTENSIONS):
+            last, *others = sorted(tried, key=lambda l2: (l2 != edge(tried), l2))
+            accuracy, rest = tried[last]["accuracy"], [tried[l2]["accuracy"] for l2 in others]
+            flat = edge is min and all(accuracy == other for other in rest)  # too large, all of them
+            if accuracy <= max(rest, default=-1.0) and not flat:
                 break
+            log(f"the penalty {last:g} is the best and the last of the grid: trying {last * factor:g}, too")
+            found = score(last * factor, found)
     triple = solve(data, 3 * best(), found)
     solved = solve(data, best(), triple)
     return Choice(solved, solve(data, best() / 3, solved), triple, [tried[l2] for l2 in sorted(tried)])

@@ -83,6 +83,9 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
             labels.append(torch.as_tensor(own).to(device))
     if not labels:
         raise ValueError("there are no batches to measure")
+    for name, parts in found.items():
+        if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
+            raise ValueError(f"tap {name}: batches have {sorted(shapes)} positions and nodes: pad all to one length")
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels).long()
 
 

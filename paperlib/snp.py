@@ -140,20 +140,32 @@ def mutual_confusions(booleans: Tensor) -> Tensor:
     """Mutual confusions of each node, found and by chance: (D, L, L) bool -> (D, 2).
 
     Ordered pairs of labels that the node recognises and that answer to each other; by chance, if the ones off the
-    diagonal lay at random with their row and column sums. Pooled over nodes, the quotient says whether the labels of a
-    cluster belong together (choice)."""
+    diagonal lay at random with their row and column sums (`chance_factors`). Pooled over nodes, the quotient says
+    whether the labels of a cluster belong together (choice)."""
     diagonal = diagonal_labels(booleans)
-    rows, columns = (booleans.sum(dim=dim, dtype=torch.float32) - diagonal.float() for dim in (2, 1))
+    row_factors, column_factors = chance_factors(booleans)
     most = int(diagonal.sum(dim=1).max()) if len(booleans) else 0
     own = diagonal.int().topk(most, dim=1).indices  # few labels of many: the rest is not looked at
     known = diagonal.gather(1, own)
     pairs = known[:, :, None] & known[:, None] & ~torch.eye(most, dtype=torch.bool, device=own.device)
     among = own[:, :, None].expand(-1, -1, booleans.shape[2]), own[:, None].expand(-1, most, -1)
     ones = booleans.gather(1, among[0]).gather(2, among[1])
-    total = rows.sum(dim=1).clamp(min=1)[:, None, None]
-    chance = (rows.gather(1, own)[:, :, None] * columns.gather(1, own)[:, None] / total).clamp(max=1)
+    chance = (row_factors.gather(1, own)[:, :, None] * column_factors.gather(1, own)[:, None]).clamp(max=1)
     found = (ones & ones.mT & pairs).sum(dim=(1, 2)), (chance * chance.mT * pairs).sum(dim=(1, 2))
     return torch.stack(found, dim=1)
+
+
+def chance_factors(booleans: Tensor, rounds: int = 30) -> tuple[Tensor, Tensor]:
+    """Factors of rows and of columns (D, L) whose products, off the diagonal, have the matrices' own row and column
+    sums there: quasi-independence, by iterative proportional fitting. A node that answers the same labels to every
+    image has its own matrix as the product, so that all its confusions are by chance."""
+    diagonal = diagonal_labels(booleans).float()
+    rows, columns = (booleans.sum(dim=dim, dtype=torch.float32) - diagonal for dim in (2, 1))
+    a, b = rows, (columns > 0).float()
+    for _ in range(rounds):
+        a = rows / (b.sum(dim=1, keepdim=True) - b).clamp(min=1e-6)
+        b = columns / (a.sum(dim=1, keepdim=True) - a).clamp(min=1e-6)
+    return a, b
 
 
 def own_noise(booleans: Tensor) -> Tensor:

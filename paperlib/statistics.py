@@ -47,6 +47,6 @@ def fold_weights(folds: int, draws: int, rng: np.random.Generator) -> np.ndarray
 def over_seeds(by_seed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Hierarchical draws: values redrawn within seeds (S, R) -> their mean over seeds that are redrawn, too (R,).
 
-    A seed that is drawn twice is redrawn within twice."""
+    The r-th draw of every seed is on the same redrawn images, as all seeds are scored on the same ones."""
     seeds, draws = by_seed.shape
-    return by_seed[rng.integers(seeds, size=(draws, seeds)), rng.integers(draws, size=(draws, seeds))].mean(axis=1)
+    return by_seed[rng.integers(seeds, size=(draws, seeds)), np.arange(draws)[:, None]].mean(axis=1)

@@ -105,13 +105,13 @@ def recording(network: nn.Module, taps: Iterable[Tap], stop: bool = False) -> It
     activation that a later layer overwrites in place.
     """
     record = _Record(list(taps), stop)
-    hooks = []
+    hooks = [network.register_forward_pre_hook(record.start)]
     try:
         for tap in record.taps:
             module = network.get_submodule(tap.module)
             hook = module.register_forward_pre_hook if tap.side == "input" else module.register_forward_hook
             hooks.append(hook(partial(record.keep, tap)))
-        hooks += [network.register_forward_pre_hook(record.start), network.register_forward_hook(record.finish)]
+        hooks.append(network.register_forward_hook(record.finish))
         yield record.nodes
     finally:
         for hook in hooks:
@@ -140,6 +140,8 @@ class _Record:
             return
         if tap.call is None and self.calls[tap.name] > 1:
             raise ValueError(f"tap {tap.name}: {tap.module} is called several times in one pass: say which with call=0")
+        if not output and not args:
+            raise ValueError(f"tap {tap.name}: {tap.module} takes its input by name: tap what gives that input")
         value = _tensor(output[0] if output else args[0], tap)
         nodes = as_nodes(value, node_axis(tap, module, value), tap.batch_axis)
         self.nodes[tap.name] = nodes.mean(dim=1, keepdim=True) if tap.pooled else nodes
@@ -149,14 +151,14 @@ class _Record:
             raise AllRecorded
 
     def finish(self, _, args: tuple, __) -> None:
-        images = len(args[0]) if args and isinstance(args[0], Tensor) else None
+        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
         for tap in self.taps:
             if tap.name not in self.given:
                 raise ValueError(f"tap {tap.name}: {tap.module} is not called in a pass: take a module that is")
             entries = len(self.nodes[tap.name])
-            if images is not None and entries != images:
+            if shape and entries not in (shape[0], shape[min(tap.batch_axis, len(shape) - 1)]):
                 raise ValueError(
-                    f"tap {tap.name}: {entries} entries for {images} images: say where images lie with batch_axis, "
+                    f"tap {tap.name}: {entries} entries for {shape[0]} images: say where images lie with batch_axis, "
                     "or take a module that does not split them into windows"
                 )
         self.check()
@@ -196,6 +198,8 @@ def node_axis(tap: Tap, module: nn.Module, activation: Tensor) -> int:
     if tap.axis is not None:
         return tap.axis
     shape = tuple(activation.shape)
+    if len(shape) < 2:
+        raise ValueError(f"tap {tap.name}: {tap.module} gives {shape or 'one number'}, which has no axis of nodes")
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1 if tap.side == "output" else 0]
     if isinstance(module, CHANNELS_FIRST) and len(shape) > 2:
@@ -242,7 +246,8 @@ def list_taps(network: nn.Module, batch: Tensor) -> pd.DataFrame:
     finally:
         for hook in hooks:
             hook.remove()
-    table = pd.DataFrame(rows).astype({"positions": "Int64", "nodes": "Int64"})
+    columns = ["module", "kind", "shape", "positions", "nodes", "note"]
+    table = pd.DataFrame(rows, columns=columns).astype({"positions": "Int64", "nodes": "Int64"})
     called = table.module.map(table.module.value_counts())
     return table.assign(note=table.note.where(called == 1, "called several times: say which with call=0"))
 

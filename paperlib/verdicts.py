@@ -1,14 +1,16 @@
-"""Tables of version 2 -> rows -> verdicts on C1, C2, C3, C6: the rules, as values (choice).
+"""Tables of version 2 -> rows -> verdicts on C1 to C4: the rules, as values (choice).
 
 They were written when version 1 was known and before any network of version 2 was measured.
 
-A row is met iff every seed has the sign and the hierarchical 95 % interval (over seeds, nodes or images) excludes 0. A
-claim is supported if all of its rows are met, supported in part if some are, and not tested with fewer than 3 seeds; on
-embedded data it is a demonstration, whatever the numbers say. A row that is stated beside the others decides nothing.
+A row is met iff every seed has the sign and the hierarchical 95 % interval (over seeds, nodes, and images, which seeds
+share) excludes 0. Two kinds of rows say otherwise themselves: the same outcome in CCT and CNN, a loss below a bound.
+
+A claim is supported if all of its rows are met, supported in part if some are, and not tested with fewer than 3 seeds;
+on embedded data it is a demonstration, whatever the numbers say. A row that stands beside the others decides nothing.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -64,6 +66,7 @@ def of_rows(rows: Iterable[Row], data: str) -> Verdict:
 class Curves:
     """A statistic along depth for every seed, and what it would be on redrawn images and nodes: (S, E), (S, R, E)."""
 
+    seeds: tuple[int, ...]
     values: np.ndarray
     draws: np.ndarray
 
@@ -74,6 +77,8 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
     where: basis and centred; basis `rotated` is the mean over draws of rotations. A seed's images are redrawn alike for
     whatever is asked."""
     chosen = _chosen(tables["taps"], network, tap, where)
+    if not len(chosen) or chosen.get("threshold", pd.Series([0])).nunique() > 1:
+        raise ValueError(f"{tap} of the {network} network is not there, or at several thresholds: select one")
     points = chosen.pivot_table(index=["seed", "encoder"], columns="basis", values=column)
     known = chosen.get(f"{column}_error", pd.Series(0.0, chosen.index))  # accuracy is not a sum over nodes
     errors = known.groupby([chosen.seed, chosen.encoder]).first().unstack()
@@ -82,10 +87,9 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
     )
     values, draws = points.mean(axis=1).unstack(), []
     for seed, curve in zip(values.index, values.to_numpy(), strict=True):
-        without = folds.loc[seed].to_numpy()
         # Only one rotation is measured without each fold: what images do to it is taken for what they do to the mean.
-        without = without + (curve - without.mean(axis=1))[:, None]
-        weights = fold_weights(without.shape[1], DRAWS, np.random.default_rng(int(seed)))
+        without = folds.loc[seed].to_numpy()
+        weights = fold_weights(without.shape[1], DRAWS, np.random.default_rng(0))  # seeds share their images
         rotations = points.loc[seed].to_numpy()
         if rotations.shape[1] > 1:
             spread = rotations.std(axis=1, ddof=1) / rotations.shape[1] ** 0.5
@@ -93,7 +97,7 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
             spread = curve * errors.loc[seed].to_numpy()
         rng = np.random.default_rng([int(seed), *f"{network} {tap} {column} {where}".encode()])
         draws.append(fold_draws(curve, without, weights) + spread * rng.normal(size=(DRAWS, len(curve))))
-    return Curves(values.to_numpy(), np.stack(draws))
+    return Curves(tuple(values.index), values.to_numpy(), np.stack(draws))
 
 
 def _chosen(table: pd.DataFrame, network: str, tap: str, where: dict) -> pd.DataFrame:
@@ -102,7 +106,10 @@ def _chosen(table: pd.DataFrame, network: str, tap: str, where: dict) -> pd.Data
 
 
 def row(claim: str, name: str, of: Callable[..., np.ndarray], *inputs: Curves, beside: bool = False) -> Row:
-    """A row from a function of curves (..., E) -> (...), applied to the values and to every draw."""
+    """A row from a function of curves (..., E) -> (...), applied to the values and to every draw; ValueError for curves
+    of different seeds."""
+    if len({one.seeds for one in inputs}) > 1:
+        raise ValueError(f"{name}: measured for seeds {sorted({one.seeds for one in inputs})}: measure the same ones")
     by_seed, draws = of(*(one.values for one in inputs)), of(*(one.draws for one in inputs))
     return _row(claim, name, by_seed, draws, beside)
 
@@ -175,12 +182,14 @@ def _lowest_ratio(native: np.ndarray, rotated: np.ndarray, other: np.ndarray, ot
 
 
 def unified(cct: dict[str, pd.DataFrame], cnn: dict[str, pd.DataFrame]) -> list[Row]:
-    """C1, for FF nodes of a CCT and filters of a CNN: (a), (b) what C3 says holds of both, raw and centred; (c) steps
-    of accuracy and SNR along depth correlate in both; (d) native over rotated SNR grows with depth, and ends above 1
-    and above that of random weights, in both."""
-    rows = []
+    """C1, for FF nodes of a CCT and filters of a CNN: (a) C3's rows of accuracy and raw SNR have the same outcome in
+    both, and (b) those of centred SNR; (c) steps of accuracy and SNR along depth correlate in both; (d) native over
+    rotated SNR grows with depth, and ends above 1 and above that of random weights, in both."""
+    rows = [
+        _same_outcome("b" if first.name.startswith("centred") else "a", first, second)
+        for first, second in zip(sharpening(cct, (FF,), "C1"), sharpening(cnn, (FILTERS,), "C1"), strict=True)
+    ]
     for tables, tap in ((cct, FF), (cnn, FILTERS)):
-        rows += sharpening(tables, (tap,), "C1")
         accuracy, snr = (curves(tables, "trained", tap, *STATISTICS[name]) for name in ("accuracy", "raw SNR"))
         rows.append(row("C1", f"(c) steps of accuracy and SNR of {tap} correlate", steps_correlate, accuracy, snr))
         four = [curves(tables, kind, tap, "snr", where) for kind in ("trained", "random") for where in (RAW, ROTATED)]
@@ -191,6 +200,13 @@ def unified(cct: dict[str, pd.DataFrame], cnn: dict[str, pd.DataFrame]) -> list[
         ):
             rows.append(row("C1", f"(d) native over rotated SNR of {tap} {text}", of, *four))
     return rows
+
+
+def _same_outcome(part: str, first: Row, second: Row) -> Row:
+    """Whether two rows are both met, or both not; its numbers are those of the smaller effect."""
+    smaller = min(first, second, key=lambda one: one.effect)
+    name = f"({part}) the same outcome in CCT and CNN: {first.name} / {second.name}"
+    return replace(smaller, name=name, met=first.met == second.met)
 
 
 def steps_correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -205,9 +221,9 @@ HALF_A_POINT, ONE_POINT = 0.005, 0.01
 
 
 def pruning(table: pd.DataFrame, tap: str = STREAM, beside: bool = False) -> list[Row]:
-    """C4, reading R1, at the smallest dilution of at least one half, after retraining: the loss is at most half a
-    point, its upper bound at most one; and smaller than with random and permuted masks, on the same images. The usual
-    criteria stand beside. Errors are those of test images and, over seeds, hierarchical."""
+    """C4, reading R1, at the smallest dilution of at least one half, after retraining: the loss, mean over seeds, is at
+    most half a point, its upper bound at most one; and it is smaller than with random and permuted masks, on the same
+    images. The usual criteria stand beside. Errors are those of test images, which seeds share."""
     own = table[table.tap == tap]
     dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
     if not (dilution >= 0.5).any():
@@ -217,7 +233,7 @@ def pruning(table: pd.DataFrame, tap: str = STREAM, beside: bool = False) -> lis
 
     def drawn(method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
         by_seed = at[at.method == method].groupby("seed")[[column, f"{column}_se"]].mean().to_numpy().T
-        return by_seed[0], by_seed[0][:, None] + by_seed[1][:, None] * rng.normal(size=(by_seed.shape[1], DRAWS))
+        return by_seed[0], by_seed[0][:, None] + by_seed[1][:, None] * rng.normal(size=DRAWS)  # seeds share images
 
     loss, draws = drawn("andc", "retrained_loss")
     low, high = interval(over_seeds(draws, rng))

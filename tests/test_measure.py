@@ -93,7 +93,8 @@ def test_a_random_cnn_takes_its_statistics_from_training_images(run):
     assert (table.gradient <= optimum.TOLERANCE).all()
     settled = table[table.variant == "settled"].set_index("encoder")
     best = table[table.variant == "best"].set_index("encoder")
-    assert (settled.gradient <= optimum.TOLERANCE / 2).all() and (settled.l2 == best.l2).all()
+    assert (settled.gradient <= optimum.TOLERANCE / measure.SETTLED).all() and (settled.l2 == best.l2).all()
+    assert (settled.steps > 0).mean() > 0.5  # it was solved further, or there was nothing to gain
 
 
 def test_a_beginning_of_balanced_images_is_balanced():

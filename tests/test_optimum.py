@@ -187,6 +187,14 @@ def test_held_out_images_choose_the_penalty():
         assert solved.gradient <= optimum.TOLERANCE
 
 
+def test_large_penalties_that_answer_alike_are_passed():
+    """Scores on a plateau neither end the search nor extend the grid."""
+    data, x, y = held_out_case()
+    said = []
+    chosen = optimum.choose(data, x, y, [1e6, 1e5, 1e4, 1.0, 0.1, 0.01, 0.001], said.append)
+    assert chosen.best.l2 <= 1 and min(row["l2"] for row in chosen.tried) <= 0.01 and not said
+
+
 @pytest.mark.parametrize("grid", [[1e-4, 1e-5], [1e4, 1e3]], ids=["too small", "too large"])
 def test_the_edge_of_a_grid_is_not_believed(grid):
     data, x, y = held_out_case()

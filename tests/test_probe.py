@@ -94,6 +94,13 @@ def test_batches_that_cannot_be_measured_are_named(train, words, refuses):
         probe(trained(), [HIDDEN], train, [examples()])
 
 
+def test_batches_of_other_lengths_are_named(refuses):
+    net = nn.Sequential(nn.Identity(), nn.Linear(3, 5))
+    batches = [(torch.randn(4, length, 3), torch.arange(4) % 2) for length in (5, 6)]
+    with refuses("pad all to one length"):
+        features(net, [HIDDEN], batches)
+
+
 def test_a_tap_of_one_node_is_refused(refuses):
     with refuses("nothing to rotate"):
         probe(nn.Sequential(nn.Linear(12, 1), nn.ReLU()), [HIDDEN], [examples()], [examples()])

@@ -167,6 +167,28 @@ def test_an_answer_without_a_tensor_is_named(how, refuses):
         record(Answers(how), Tap(1, "x", "block"), torch.randn(2, 4, 3))
 
 
+def test_a_network_that_takes_positions_first():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)  # (T, n, D)
+    network, x = nn.Sequential(layer), torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(0))
+    found = record(network, Tap(1, "block", "0", batch_axis=1), x)
+    assert torch.allclose(found, network(x).transpose(0, 1), atol=1e-5)
+
+
+def test_inputs_by_name_and_of_the_whole_network(refuses):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Answers(lambda x: x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x=x)
+
+    x = torch.randn(2, 3)
+    with refuses("takes its input by name"):
+        record(ByName(), Tap(1, "x", "layer", side="input"), x)
+    assert torch.equal(record(nn.Linear(3, 3), Tap(1, "x", "", side="input"), x)[:, 0], x)
+
+
 def test_two_taps_of_one_name_are_refused(refuses):
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with refuses("two taps are called 1.x"), taps.recording(network, [Tap(1, "x", "0"), Tap(1, "x", "1")]):
@@ -194,6 +216,12 @@ def test_a_list_of_taps_reads_as_recording_does():
     for path in ("0", "2", "3"):
         assert record(network, Tap(1, "x", path), x).shape[1:] == (table.positions[path], table.nodes[path])
     assert table.note["1"].str.contains("called several times").all() and table.note["0"] == ""
+
+
+def test_a_list_of_taps_of_small_networks():
+    assert taps.list_taps(nn.Linear(3, 3), torch.rand(2, 3)).empty
+    scalar = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    assert "no axis of nodes" in taps.list_taps(scalar, torch.rand(2, 3)).note[1]
 
 
 def test_a_list_of_taps_says_what_cannot_be_read():
