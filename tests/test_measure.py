@@ -124,6 +124,25 @@ def test_features_stop_after_the_last_tap(network):
     assert called and all(torch.allclose(found[name], whole[name], atol=1e-5) for name in whole)
 
 
+@pytest.mark.slow
+def test_a_pruned_readout_is_what_is_left_solved_anew(run, monkeypatch):
+    """Right after pruning: the whole readout's weights within the mask; retrained: better, and within the mask."""
+    monkeypatch.setattr(readings, "IMAGES", 300)
+    monkeypatch.setattr(readings, "DRAWS", 1)
+    few = run.settings.model_copy(update={"prune_thresholds": [0.3, 0.5]})
+    stage = readings.readouts(replace(run, settings=few), 0)
+    table, answers = stage.table("readouts"), stage.arrays("answers")
+    assert set(table.tap) == {"block", "seqpool"} and set(table.method) == {"andc", *readings.CONTROLS}
+    by_method = table.groupby(["tap", "threshold", "method"]).dilution.mean().unstack()
+    assert (by_method.std(axis=1) < 1e-6).all()  # as many connections
+    for row in table.itertuples():
+        straight, again = answers[f"2.{row.tap}/{row.method}/{row.draw}/{row.threshold:g}"].float().mean(dim=1)
+        assert (row.accuracy, row.retrained_accuracy) == (pytest.approx(straight.item()), pytest.approx(again.item()))
+    andc = table[table.method == "andc"]
+    assert (andc.andc_ahead == 0).all()
+    assert andc.groupby("tap").dilution.apply(lambda part: part.is_monotonic_increasing).all()
+
+
 def test_masks_keep_as_many_connections_and_rank_by_their_score():
     random = torch.Generator().manual_seed(0)
     sets = torch.rand(8, 5, generator=random) < 0.4
