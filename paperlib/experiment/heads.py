@@ -49,7 +49,7 @@ def head_counts(run: Run, encoder: int) -> pd.DataFrame:
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     booleans = matrices(run, seed, "trained").arrays("matrices")[f"{encoder}.attn"]
-    order = torch.randperm(len(booleans), generator=training.generator(seed, "reassigned nodes", encoder))
+    order = torch.randperm(len(booleans), generator=training.generator(seed, "dealt nodes", encoder))
     parts = []
     for nodes, dealt in (("of heads", booleans), ("reassigned", booleans[order])):
         counts = heads.cooperation_counts(dealt, network.classifier.blocks[0].self_attn.heads)
@@ -135,7 +135,7 @@ def _heads(run: Run, seed: int, kind: str) -> Stage:
                 mine, other, draws = heads.own_label_drops(drop, own, training.generator(seed, "ablation bootstrap"))
                 summary |= {"own_drop": mine, "other_drop": other, "gap": mine - other}
                 gaps.append(draws)
-                generator = training.generator(seed, "reassigned owners", encoder)
+                generator = training.generator(seed, "dealt owners", encoder)
                 dealt.append(heads.dealt_gaps(drop, labels, owner, s.permutations, generator))
                 summary["gap_null_high"] = interval(dealt[-1])[1]
                 summary["first_mean_gap"] = math.nan
