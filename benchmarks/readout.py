@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from paperlib import data, models, optimum, taps
-from paperlib.experiment.measure import balanced
 from paperlib.paths import folder_of
 
 
 def features(name: str, tap: str, number: int) -> tuple[Tensor, Tensor]:
     images = data.load("cifar100", folder_of("data"), 32)
-    chosen = balanced(images.y_train)[:number]
+    chosen = data.balanced(images.y_train)[:number]
     network = models.load_reference(name)
     (place,) = (place for place in taps.cct_taps(network, [tap.split(".")[1]]) if place.name == tap)
     return taps.features(network, [place], images.x_train[chosen], *images.statistics)[tap], images.y_train[chosen]

@@ -60,7 +60,11 @@ def _ends(curve: pd.Series) -> str:
 
 
 def _unified(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
-    curves = _depth(table, summary["config"]["threshold"])
+    return _halves(table, summary["config"]["threshold"])
+
+
+def _halves(table: pd.DataFrame, threshold: float) -> tuple[str, str]:
+    curves = _depth(table, threshold)
     grow = [curves.loc[half, "trained"].dropna().iloc[[0, -1]].diff().iloc[-1] > 0 for half in ("cct", "cnn")]
     words = {2: "SNR grows with depth in both", 1: "SNR grows with depth in one only", 0: "SNR grows in neither"}
     trained = ", ".join(
@@ -138,7 +142,7 @@ ANSWERS: dict[str, tuple[str, Reader]] = {
 
 def unified(taps: pd.DataFrame, threshold: float) -> str:
     """Of the CCT's encoders and the CNN's layers."""
-    words, number = _unified(taps, {"config": {"threshold": threshold}})
+    words, number = _halves(taps, threshold)
     return f"{words}: {number}."
 
 

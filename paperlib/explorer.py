@@ -24,6 +24,7 @@ from paperlib import experiment, snp
 from paperlib.data import Images
 from paperlib.experiment.store import Run
 from paperlib.figures import COLOURS, STYLE, by_cluster, plain
+from paperlib.heads import labels_by_owner
 
 SHOWN = 24  # labels of a node or head that are shown by name
 
@@ -177,7 +178,7 @@ def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int
         counts = part.pivot(index="head", columns="label", values="count").to_numpy()
         owner = part[part.owner].set_index("label")["head"]
         owners = [int(owner.get(label, heads)) for label in range(len(classes))]
-        order = sorted(range(len(classes)), key=lambda label: (owners[label], -counts[:, label].max()))
+        order = labels_by_owner(torch.from_numpy(counts))
         own = [label for label in order if owners[label] == head]
         shown.set_data(matrices[encoder][head][order][:, order].numpy())
         shown.autoscale()

@@ -368,10 +368,10 @@ def head_matrices(table: pd.DataFrame, data: str, place: str) -> Figure:
     for row, encoder in zip(axes, encoders, strict=True):
         for axis, head in zip(row, heads, strict=True):
             part = table[(table.encoder == encoder) & (table["head"] == head)]
-            matrix = part.pivot(index="input", columns="output", values="nodes").to_numpy()
+            matrix = part.drop(columns=["encoder", "head", "owned"]).to_numpy()
             low, high = np.quantile(matrix, [0.01, 0.995])
             axis.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
-            own = np.flatnonzero(part.drop_duplicates("input").sort_values("input").owned)
+            own = np.flatnonzero(part.owned)
             if len(own):
                 corner = own[0] - 0.5
                 axis.add_patch(plt.Rectangle((corner, corner), len(own), len(own), fill=False, ec="white", lw=1.5))

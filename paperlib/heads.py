@@ -49,6 +49,12 @@ def assign_labels(counts: Tensor) -> Assignment:
     return Assignment(counts.argmax(dim=0).where(seen, -1), top[0] - second, seen & (top[0] == second))
 
 
+def labels_by_owner(counts: Tensor) -> list[int]:
+    """All labels, those of head 0 first, each head's by falling count, those without an owner last: (H, L) -> L."""
+    owner, most = assign_labels(counts).owner.tolist(), counts.amax(dim=0).tolist()
+    return sorted(range(len(owner)), key=lambda label: (owner[label] % (len(counts) + 1), -most[label]))
+
+
 def specialisation(counts: Tensor) -> Tensor:
     """Kullback-Leibler divergence (nats) of n_h(l) / sum_h n_h(l) from uniform, averaged over the labels that any node
     recognises: (..., H, L) -> (...). 0 if all heads share every label alike, ln H if each label has one head.

@@ -11,8 +11,6 @@ from paperlib import optimum, snp
 from paperlib.data import held_out
 from paperlib.taps import Tap, recording
 
-ROTATIONS = 5  # draws of rotated nodes
-
 
 def probe(
     network: nn.Module,
@@ -54,15 +52,15 @@ def probe(
 
 def _nodes(weight: Tensor, means: Tensor, tap: Tap, threshold: float) -> dict[str, float]:
     """SNR of native and of rotated nodes (mean over draws), raw and centred, and labels per native node."""
-    rotations = snp.rotations(weight.shape[2], ROTATIONS, torch.Generator().manual_seed(0), tap.groups)
-    raw, centred = [], []
-    for basis in (torch.eye(weight.shape[2]), *rotations):
-        fields = snp.field_matrices(snp.rotated(weight, basis), snp.rotated(means, basis))
-        raw.append(snp.tap_statistics(snp.boolean_matrices(fields, threshold)))
-        centred.append(snp.tap_statistics(snp.boolean_matrices(snp.split_offset(fields)[0], threshold)).snr)
-    row = {"snr": raw[0].snr, "snr_rotated": sum(one.snr for one in raw[1:]) / ROTATIONS}
-    row |= {"centred": centred[0], "centred_rotated": sum(centred[1:]) / ROTATIONS}
-    return row | {"labels": raw[0].labels_per_node}
+    drawn = snp.rotations(weight.shape[2], snp.ROTATIONS, torch.Generator().manual_seed(0), tap.groups)
+    found: dict[bool, list[snp.TapStatistics]] = {False: [], True: []}
+    for _, centred, fields in snp.native_and_rotated(weight, means, drawn):
+        found[centred].append(snp.tap_statistics(snp.boolean_matrices(fields, threshold)))
+    row = {}
+    for centred, name in ((False, "snr"), (True, "centred")):
+        native, *others = (one.snr for one in found[centred])
+        row |= {name: native, f"{name}_rotated": sum(others) / len(others)}
+    return row | {"labels": found[False][0].labels_per_node}
 
 
 @torch.no_grad()

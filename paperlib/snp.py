@@ -6,11 +6,13 @@ column the output label. Where a definition comes from: `code` (the group's publ
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+ROTATIONS = 5  # draws of rotated nodes
 CLUSTER_BYTES = 2**28  # memory for the cluster search of one chunk of nodes
 
 
@@ -66,6 +68,20 @@ def rotations(nodes: int, draws: int, generator: torch.Generator, groups: int = 
     q, r = torch.linalg.qr(normal)
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # so that all rotations are equally likely
     return torch.stack([torch.block_diag(*part) for part in q.float()])
+
+
+def native_and_rotated(
+    readout_weight: Tensor, class_means: Tensor, drawn: Iterable[Tensor]
+) -> Iterator[tuple[str, bool, Tensor]]:
+    """Fields of native nodes and of each rotation (D, D), raw and centred: (basis, centred, fields (D, L, L)); bases
+    are native, rotated-0, rotated-1, ...."""
+    fields = field_matrices(readout_weight, class_means)
+    yield "native", False, fields
+    yield "native", True, split_offset(fields)[0]
+    for number, rotation in enumerate(drawn):
+        fields = field_matrices(rotated(readout_weight, rotation), rotated(class_means, rotation))
+        yield f"rotated-{number}", False, fields
+        yield f"rotated-{number}", True, split_offset(fields)[0]
 
 
 def check_rotation(nodes: int, groups: int = 1) -> None:

@@ -86,10 +86,10 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
         index=["seed", "encoder"], columns="fold", values=column
     )
     values, draws = points.mean(axis=1).unstack(), []
+    weights = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0))  # seeds share their images
     for seed, curve in zip(values.index, values.to_numpy(), strict=True):
         # Only one rotation is measured without each fold: what images do to it is taken for what they do to the mean.
         without = folds.loc[seed].to_numpy()
-        weights = fold_weights(without.shape[1], DRAWS, np.random.default_rng(0))  # seeds share their images
         rotations = points.loc[seed].to_numpy()
         if rotations.shape[1] > 1:
             spread = rotations.std(axis=1, ddof=1) / rotations.shape[1] ** 0.5

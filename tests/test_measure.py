@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paperlib import optimum, snp, taps
+from paperlib.data import balanced
 from paperlib.experiment import measure, networks, readings, settings
 
 CUT = {"epochs": 1, "max_steps": 20, "precision": "fp32", "seeds": [0, 1], "limit": 1200}
@@ -99,7 +100,7 @@ def test_a_random_cnn_takes_its_statistics_from_training_images(run):
 
 def test_a_beginning_of_balanced_images_is_balanced():
     labels = torch.tensor([2, 0, 0, 1, 0, 1, 2, 2])
-    order = measure.balanced(labels)
+    order = balanced(labels)
     assert sorted(order.tolist()) == list(range(8))
     assert sorted(labels[order[:3]].tolist()) == [0, 1, 2] and sorted(labels[order[3:6]].tolist()) == [0, 1, 2]
 
@@ -127,7 +128,7 @@ def test_features_stop_after_the_last_tap(network):
 @pytest.mark.slow
 def test_a_pruned_readout_is_what_is_left_solved_anew(run, monkeypatch):
     """Right after pruning: the whole readout's weights within the mask; retrained: better, and within the mask."""
-    monkeypatch.setattr(readings, "IMAGES", 300)
+    monkeypatch.setattr(measure, "IMAGES", 300)
     monkeypatch.setattr(readings, "DRAWS", 1)
     few = run.settings.model_copy(update={"prune_thresholds": [0.3, 0.5]})
     stage = readings.readouts(replace(run, settings=few), 0)

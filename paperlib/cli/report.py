@@ -18,14 +18,8 @@ from paperlib.pages import without_links
 from paperlib.paths import folder_of, root
 
 EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
-FIRST_SEED = {
-    "penalties",
-    "node",
-    "node_gallery",
-    "head_map",
-    "head_matrices",
-    "attention_maps",
-}  # figures of the first seed only
+# Figures of the first seed only
+FIRST_SEED = {"penalties", "node", "node_gallery", "head_map", "head_matrices", "attention_maps"}
 NO_NULL = "none, this shows what is counted; see node_distributions."
 BY_HEADS = "none in this picture; see head_specialisation."
 # figure -> (notebook, claim, what it shows, against which null)

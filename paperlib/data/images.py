@@ -55,7 +55,7 @@ class Images:
 
 
 def limit(data: Images, images: int) -> Images:
-    """The first `images` training and test images, dealt evenly over the labels; 0 keeps all."""
+    """The first `images` training and test images, shared evenly by the labels; 0 keeps all."""
     if not images:
         return data
     if images < 2 * len(data.classes):
@@ -63,7 +63,7 @@ def limit(data: Images, images: int) -> Images:
             f"limit={images} leaves a label without images: use at least {2 * len(data.classes)} "
             f"(2 for each of {len(data.classes)} labels)"
         )
-    train, test = (_dealt(labels)[:images].sort().values for labels in (data.y_train, data.y_test))
+    train, test = (balanced(labels)[:images].sort().values for labels in (data.y_train, data.y_test))
     tensors = {"x_train": data.x_train[train], "y_train": data.y_train[train]}
     return replace(data, **tensors, x_test=data.x_test[test], y_test=data.y_test[test])
 
@@ -76,7 +76,7 @@ def held_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """
     if not 0 < fraction < 1:
         raise ValueError(f"held_out must be above 0 and below 1, so that each side has images, not {fraction}")
-    order, rank, counts = _ranked(labels)
+    order, rank, counts = ranked(labels)
     if counts.min() < 2:
         raise ValueError(f"label {counts.argmin()} has one training image, but two are needed: one of them is held out")
     cut = (counts - (counts * fraction).round().long()).clamp(min=1).minimum(counts - 1)
@@ -105,14 +105,14 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def _ranked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ranked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images sorted by label: their indices, each one's number within its label (from 0), and images per label."""
     order = torch.argsort(labels, stable=True)
     counts = labels.bincount()
     return order, torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]], counts
 
 
-def _dealt(labels: Tensor) -> Tensor:
-    """Indices ordered like dealing cards: every label's first image, then every label's second, ..."""
-    order, rank, _ = _ranked(labels)
+def balanced(labels: Tensor) -> Tensor:
+    """Indices of all images: every label's first, then every label's second, ...; so that a beginning is balanced."""
+    order, rank, _ = ranked(labels)
     return order[torch.argsort(rank, stable=True)]

@@ -59,8 +59,9 @@ def head_counts(run: Run, encoder: int) -> pd.DataFrame:
 
 
 def head_matrices(run: Run, encoders: tuple[int, ...]) -> pd.DataFrame:
-    """For how many of a head's nodes an image of one label makes another one answer, first seed, labels ordered by
-    owner: encoder, head, input, output (places in that order), nodes, owned (whether the head owns the input label)."""
+    """For how many of a head's nodes an image of one label makes another one answer, first seed, labels in the order of
+    `heads.labels_by_owner`: a row for each encoder, head and input label (owned: by this head), a column 0, 1, ... for
+    each output label."""
     seed = run.settings.seeds[0]
     network, _ = load_network(run, seed, "trained")
     num_heads = network.classifier.blocks[0].self_attn.heads
@@ -68,15 +69,12 @@ def head_matrices(run: Run, encoders: tuple[int, ...]) -> pd.DataFrame:
     for encoder in encoders:
         booleans = found[f"{encoder}.attn"]
         counts = heads.cooperation_counts(booleans, num_heads)
-        owner = heads.assign_labels(counts).owner
-        order = sorted(range(len(owner)), key=lambda label: (owner[label] % (num_heads + 1), -counts[:, label].max()))
+        owner, order = heads.assign_labels(counts).owner, heads.labels_by_owner(counts)
         summed = booleans.unflatten(0, (num_heads, -1)).sum(dim=1)[:, order][:, :, order]
         for head, matrix in enumerate(summed):
-            table = pd.DataFrame(matrix.numpy()).rename_axis("input").reset_index()
-            table = table.melt("input", var_name="output", value_name="nodes")
-            owned = (owner[order] == head).numpy()[table.input]
-            parts.append(table.assign(encoder=encoder, head=head, owned=owned))
-    return pd.concat(parts, ignore_index=True)[["encoder", "head", "input", "output", "nodes", "owned"]]
+            label = {"encoder": encoder, "head": head, "owned": (owner[order] == head).numpy()}
+            parts.append(pd.concat([pd.DataFrame(label), pd.DataFrame(matrix.numpy())], axis=1))
+    return pd.concat(parts, ignore_index=True)
 
 
 def head_clusters(run: Run) -> pd.DataFrame:

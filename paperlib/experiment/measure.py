@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import optimum, snp, taps, training
-from paperlib.data import BATCH, Images, held_out
+from paperlib.data import BATCH, Images, balanced, held_out, ranked
 from paperlib.experiment.networks import ARCHITECTURE, SPLIT, calibration_images, load_network, refresh_statistics
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_arrays, save_table, save_tensors, whole
@@ -25,7 +25,6 @@ from paperlib.taps import Tap
 MAIN = ("ff1", "attn", "block", "conv")  # measured for every seed: FF nodes, MHA nodes, what is passed on; filters
 ONCE = ("stem", "qkv", "mha", "ff_in", "ff2")  # measured for the first seed
 IMAGES = 20_000  # training images of a readout, balanced over labels, at most
-ROTATIONS = 5  # draws of rotated nodes
 FOLDS = 10  # of the test images
 GROUP_BYTES = 7e9  # of features that are held at a time
 NODE_COLUMNS = ("labels", "clusters", "internal", "external", "own_noise", "mutual", "expected")
@@ -78,19 +77,21 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
         unseen, seen, _ = class_sums(network, places, best, images.x_train[held], images.y_train[held], images, folds=1)
         sums, counts, correct = class_sums(network, places, best, images.x_test, images.y_test, images)
         taps_, folds, variants, means, arrays = [], [], [], {}, {}
+        fold, images_of = _folds(images.y_test), counts.sum(dim=0)
         for place in places:
             name, by_fold = place.name, sums.pop(place.name)
             row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind}
-            means[name] = snp.means_of(by_fold.sum(dim=0), counts.sum(dim=0))
+            whole_sum, generator = by_fold.sum(dim=0), training.generator(seed, "rotations", name)
+            drawn = snp.rotations(by_fold.shape[-1], snp.ROTATIONS, generator, place.groups)
+            means[name] = snp.means_of(whole_sum, images_of)
             means[f"held/{name}"] = snp.means_of(unseen.pop(name)[0], seen[0])
-            found, of_nodes = _of_tap(best[name], means[name], place, seed, thresholds)
+            found, of_nodes = _of_tap(best[name], means[name], drawn, thresholds)
             accuracy = correct[name].float().mean().item()
             taps_.append(found.assign(**row, accuracy=accuracy))
             arrays |= {f"{name}/{key}": values for key, values in of_nodes.items()}
-            fold = _folds(images.y_test)
             for left_out in range(FOLDS):
-                kept = by_fold.sum(dim=0) - by_fold[left_out], counts.sum(dim=0) - counts[left_out]
-                found, _ = _of_tap(best[name], snp.means_of(*kept), place, seed, thresholds, draws=1)
+                without = snp.means_of(whole_sum - by_fold[left_out], images_of - counts[left_out])
+                found, _ = _of_tap(best[name], without, drawn[:1], thresholds)
                 accuracy = correct[name][fold != left_out].float().mean().item()
                 folds.append(found.assign(**row, accuracy=accuracy, fold=left_out))
             for variant in VARIANTS:
@@ -107,7 +108,7 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
         save_tensors(folder / "means.safetensors", means)
 
     config = {"held_out": s.held_out, "seed": seed, "kind": kind, "thresholds": thresholds}
-    config |= {"rotations": ROTATIONS, "folds": FOLDS}
+    config |= {"rotations": snp.ROTATIONS, "folds": FOLDS}
     return run.stage(f"nodes-{kind}-seed{seed}", config, inputs | {"readouts": source.sha256}, make)
 
 
@@ -134,12 +135,12 @@ def _prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
 
 
 def _of_tap(
-    weight: Tensor, means: Tensor, place: Tap, seed: int, thresholds: list[float], draws: int = ROTATIONS
+    weight: Tensor, means: Tensor, drawn: Tensor, thresholds: list[float]
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """Statistics of a tap, one row for each basis, raw and centred, and threshold; and of its native nodes, raw (or
-    centred)/threshold -> (D, 7)."""
+    """Statistics of a tap, a row for each basis (native, and drawn rotations (draws, D, D)), raw or centred, threshold;
+    and of its native nodes, raw (or centred)/threshold -> (D, 7)."""
     rows, of_nodes = [], {}
-    for basis, centred, fields in _readings(weight, means, place, seed, draws):
+    for basis, centred, fields in snp.native_and_rotated(weight, means, drawn):
         for threshold in thresholds:
             booleans = snp.boolean_matrices(fields, threshold)
             every = node_columns(booleans)
@@ -174,8 +175,7 @@ def _solved(
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=images.x_train.device, weights_only=True)
         return saved["weights"], saved["rows"]
-    kept, held = held_out(run.images.y_train, run.settings.held_out)
-    chosen = kept[balanced(run.images.y_train[kept])[:IMAGES]]
+    chosen, held = readout_images(run)
     y, y_held = images.y_train[chosen], images.y_train[held]
     if kind == "shuffled":
         y, y_held = (part[_order(part, seed)] for part in (y, y_held))
@@ -203,12 +203,10 @@ def _solved(
     return weights, rows
 
 
-def balanced(labels: Tensor) -> Tensor:
-    """Indices of all images, every label's first, then every label's second, ...: a beginning is balanced."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    rank = torch.cat([torch.arange(int(count)) for count in counts])
-    return order[rank.argsort(stable=True).to(order.device)]
+def readout_images(run: Run) -> tuple[Tensor, Tensor]:
+    """Training images, by index: those that a readout learns from, and the held-out ones that choose its penalty."""
+    kept, held = held_out(run.images.y_train, run.settings.held_out)
+    return kept[balanced(run.images.y_train[kept])[:IMAGES]], held
 
 
 def _order(labels: Tensor, seed: int) -> Tensor:
@@ -218,11 +216,8 @@ def _order(labels: Tensor, seed: int) -> Tensor:
 
 def _folds(labels: Tensor) -> Tensor:
     """The fold of each image, so that every fold has as many of each label, or one more: (n,)."""
-    fold = torch.empty_like(labels)
-    for label in labels.unique():
-        own = labels == label
-        fold[own] = torch.arange(int(own.sum()), device=labels.device) % FOLDS
-    return fold
+    order, rank, _ = ranked(labels)
+    return torch.empty_like(labels).scatter_(0, order, rank % FOLDS)
 
 
 def class_sums(
@@ -254,18 +249,6 @@ def class_sums(
     counts = cell.bincount(minlength=folds * labels).unflatten(0, (folds, labels))
     sums = {name: part.unflatten(0, (folds, labels)) for name, part in sums.items()}
     return sums, counts, {name: torch.cat(parts) for name, parts in correct.items()}
-
-
-def _readings(weight: Tensor, means: Tensor, place: Tap, seed: int, draws: int = ROTATIONS):
-    """(basis, centred, fields (D, L, L)) of native and rotated nodes: bases native, rotated-0, rotated-1, ..."""
-    fields = snp.field_matrices(weight, means)
-    yield "native", False, fields
-    yield "native", True, snp.split_offset(fields)[0]
-    generator = training.generator(seed, "rotations", place.name)
-    for number, rotation in enumerate(snp.rotations(weight.shape[2], ROTATIONS, generator, place.groups)[:draws]):
-        fields = snp.field_matrices(snp.rotated(weight, rotation), snp.rotated(means, rotation))
-        yield f"rotated-{number}", False, fields
-        yield f"rotated-{number}", True, snp.split_offset(fields)[0]
 
 
 def node_columns(booleans: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import andc, optimum, snp, taps, training
-from paperlib.data import held_out
-from paperlib.experiment.measure import IMAGES, balanced
+from paperlib.experiment import measure
 from paperlib.experiment.networks import ARCHITECTURE, SPLIT, load_network
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_arrays, save_table
@@ -45,7 +44,7 @@ def readouts(run: Run, seed: int) -> Stage:
         save_arrays(folder / "answers.npz", answers)
 
     config = run.config(*ARCHITECTURE, *SPLIT[s.blind], "held_out", "prune_thresholds")
-    config |= {"seed": seed, "images": IMAGES, "draws": DRAWS}
+    config |= {"seed": seed, "images": measure.IMAGES, "draws": DRAWS}
     return run.stage(f"pruned-readouts-at-optimum-seed{seed}", config, inputs, make)
 
 
@@ -58,8 +57,7 @@ def last_places(network: nn.Module) -> list[Tap]:
 
 def _pruned(run: Run, seed: int, network: nn.Module, place: Tap) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     images, s = run.images.to(training.best_device()), run.settings
-    kept, held = held_out(run.images.y_train, s.held_out)
-    chosen = kept[balanced(run.images.y_train[kept])[:IMAGES]]
+    chosen, held = measure.readout_images(run)
     y, y_held = images.y_train[chosen], images.y_train[held]
     pictures = torch.cat([images.x_train[chosen], images.x_train[held], images.x_test])
     features = taps.features(network, [place], pictures, *images.statistics)[place.name]
