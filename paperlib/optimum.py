@@ -286,7 +286,11 @@ def choose(
             if accuracy <= max(rest, default=-1.0) and not flat:
                 break
             log(f"the penalty {last:g} is the best and the last of the grid: trying {last * factor:g}, too")
-            found = score(last * factor, found)
+            try:
+                found = score(last * factor, found)
+            except RuntimeError as error:  # fp32 knows no better: images that any penalty answers, say
+                log(f"{last * factor:g} is left out: {error}")
+                break
     triple = solve(data, 3 * best(), found)
     solved = solve(data, best(), triple)
     return Choice(solved, solve(data, best() / 3, solved), triple, [tried[l2] for l2 in sorted(tried)])

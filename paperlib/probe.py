@@ -38,6 +38,8 @@ def probe(
         if missing := sorted(set(y_test.tolist()) - set(y.tolist())):
             raise ValueError(f"label {missing[0]} has test examples only: a readout needs some to learn from")
         kept, held = held_out(y.cpu(), share)
+        for tap in taps:  # before any work
+            snp.check_rotation(known[tap.name].shape[2], tap.groups)
         for tap in taps:
             own = known[tap.name]
             data = optimum.problem(own[kept], y[kept], int(y.max()) + 1)

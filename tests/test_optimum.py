@@ -203,3 +203,13 @@ def test_the_edge_of_a_grid_is_not_believed(grid):
     assert said and all("the last of the grid" in line for line in said)
     scores = [row["accuracy"] for row in chosen.tried]
     assert len(scores) > 2 and scores[0] <= max(scores[1:]) and scores[-1] <= max(scores[:-1])
+
+
+def test_images_that_every_penalty_answers_end_the_search():
+    """No penalty is small enough to be worse, and the smallest ones fp32 cannot solve."""
+    y = torch.arange(80) % 4
+    x = torch.eye(4)[y] + 0.01 * torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    said = []
+    chosen = optimum.choose(optimum.problem(x[:40], y[:40], 4), x[40:], y[40:], log=said.append)
+    assert {row["accuracy"] for row in chosen.tried} == {1.0} and chosen.best.l2 == 10
+    assert any("is left out" in line for line in said)
