@@ -178,7 +178,7 @@ def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int
         counts = part.pivot(index="head", columns="label", values="count").to_numpy()
         owner = part[part.owner].set_index("label")["head"]
         owners = [int(owner.get(label, heads)) for label in range(len(classes))]
-        order = labels_by_owner(torch.from_numpy(counts))
+        order = labels_by_owner(torch.tensor(counts))
         own = [label for label in order if owners[label] == head]
         shown.set_data(matrices[encoder][head][order][:, order].numpy())
         shown.autoscale()
