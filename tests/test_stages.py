@@ -297,8 +297,8 @@ def test_owners_whose_labels_are_scored_are_not_chosen_on_the_test_images(folder
     counted = experiment.heads.head_counts(run, 2).pivot(index=["nodes", "label"], columns="head", values="count")
     table = trained[trained.encoder == 2].pivot(index="label", columns="head", values="count")
     assert (counted.loc["of heads"].to_numpy() == table.to_numpy()).all()
-    assert not counted.loc["dealt"].equals(counted.loc["of heads"])
-    assert (counted.loc["dealt"].sum(axis=1) == counted.loc["of heads"].sum(axis=1)).all()
+    assert not counted.loc["reassigned"].equals(counted.loc["of heads"])
+    assert (counted.loc["reassigned"].sum(axis=1) == counted.loc["of heads"].sum(axis=1)).all()
     assert bars[0] == row.tied and sum(bars) == recognised == len(run.images.classes) - row.unrecognised
 
 

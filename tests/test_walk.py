@@ -20,7 +20,7 @@ from paperlib.experiment.settings import load_settings, open_run
 
 # Real image sizes and networks; few images, labels, steps and thresholds
 CUT = ["epochs=1", "max_steps=2", "seeds=[0]", "readout_epochs=1", "prune_thresholds=[0.3]", "prune_draws=1"]
-CUT += ["threshold_sweep=[0.3]", "retrain_thresholds=[0.3]", "permutations=100"]
+CUT += ["threshold_sweep=[0.3]", "permutations=100"]
 CUT += ["penalties=[]", "penalty_epochs=2", "penalty_taps=[block]", "taps_once=[norm, weighed, seqpool, pooled]"]
 CUT += ["prune_attention=true", "cnn=vgg_11x16"]
 CUT += ["batch_size=16", "readout_batch_size=16"]
