@@ -92,7 +92,8 @@ if [ -z "$python" ]; then
             "CUDA build of torch (the default on Linux)" >&2
         # An environment made here is made anew after an interruption; one made by hand is not.
         [ -z "$installed" ] || echo unfinished >".venv/$stamp"
-        "$python" -m pip install -qq --disable-pip-version-check \
+        # PIP_USER and the like would put packages elsewhere.
+        env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT "$python" -m pip install -qq --disable-pip-version-check \
             -e ".[notebooks,tests]" -c constraints.txt ||
             stop "The installation into .venv failed (see above): run this again to repeat it."
         echo "$wanted" >".venv/$stamp"

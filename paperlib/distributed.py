@@ -31,6 +31,16 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def check_same(value: str, what: str) -> None:
+    """Raise ValueError, on every rank, unless this is the same on all of them."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    if other := [rank for rank, theirs in enumerate(values) if theirs != values[0]]:
+        raise ValueError(f"rank {other[0]} has other {what} than rank 0: give all machines the same")
+
+
 def parallel(network: nn.Module) -> nn.Module:
     """The network with gradients averaged over ranks, starting from rank 0's weights."""
     if not dist.is_initialized():

@@ -23,7 +23,7 @@ from torch import Tensor
 from paperlib import experiment, snp
 from paperlib.data import Images
 from paperlib.experiment.store import Run
-from paperlib.figures import COLOURS, STYLE, by_cluster, plain
+from paperlib.figures import COLOURS, STYLE, by_cluster, in_style, plain
 from paperlib.heads import labels_by_owner
 
 SHOWN = 24  # labels of a node or head that are shown by name
@@ -56,7 +56,7 @@ def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor, str], bytes]
     below) -> bytes. It keeps its axes, so that a picture takes well under a tenth of a second."""
     labels = len(images.classes)
     shown = min(SHOWN, labels)
-    with plt.rc_context({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
+    with in_style({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
         figure = Figure(figsize=(9.6, 4.4), dpi=80)
         canvas = FigureCanvasAgg(figure)
         left, middle = (figure.add_axes([x, 0.24, 0.31, 0.68]) for x in (0.03, 0.47))
@@ -165,7 +165,7 @@ def head_canvas(run: Run, seed: int, labels: pd.DataFrame) -> Callable[[int, int
         encoder: booleans[f"{encoder}.attn"].unflatten(0, (heads, -1)).sum(dim=1) for encoder in labels.encoder.unique()
     }
     classes = run.images.classes
-    with plt.rc_context({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
+    with in_style({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
         figure = Figure(figsize=(9.6, 4.4), dpi=80)
         canvas = FigureCanvasAgg(figure)
         left, right = figure.add_axes([0.05, 0.1, 0.4, 0.8]), figure.add_axes([0.55, 0.3, 0.43, 0.6])

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from pathlib import Path
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from paperlib import files
 from paperlib.data import EMBEDDED, Images
+
+if TYPE_CHECKING:
+    from paperlib.experiment.store import Run
 
 # Okabe-Ito colours, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
@@ -29,11 +33,20 @@ PLAIN = {**STYLE, "axes.grid": False}
 FIELDS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
 
 
-def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure:
-    """Write <name>.png, .pdf, .svg and the .csv behind them into a folder, byte for byte the same each time."""
+def in_style(parameters: dict) -> AbstractContextManager:
+    """Draw with these parameters on matplotlib's defaults, whatever the reader's own matplotlibrc says."""
+    return plt.style.context(["default", parameters])
+
+
+def save(figure: Figure, run: "Run", name: str, table: pd.DataFrame) -> Figure:
+    """Write <name>.png, .pdf, .svg and the .csv behind them into a run's folder, byte for byte the same each time.
+
+    The .png says with which settings and data it was made (its text `Comment`): no page shows it beside others'.
+    """
+    folder = run.output
     folder.mkdir(parents=True, exist_ok=True)
-    dates = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with plt.rc_context(STYLE):
+    dates = {"png": {"Software": None, "Comment": run.stamp}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with in_style(STYLE):
         for kind, metadata in dates.items():
             with files.whole(folder / f"{name}.{kind}") as file:
                 figure.savefig(file, format=kind, metadata=metadata)
@@ -43,7 +56,7 @@ def save(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> Figure
     return figure
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def examples(images: Images, labels: int = 20) -> Figure:
     """A training image and, below it, a test image of evenly chosen labels."""
     chosen = np.linspace(0, len(images.classes) - 1, min(labels, len(images.classes))).round().astype(int)
@@ -58,7 +71,7 @@ def examples(images: Images, labels: int = 20) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
     """Loss and test accuracy against epochs, one line a seed (`experiment.networks.learning_curves`)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
@@ -73,7 +86,7 @@ def learning_curve(curves: pd.DataFrame, data: str, labels: int) -> Figure:
     return _stamped(figure, data, data, curves)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list[str]) -> Figure:
     """Readout accuracy and raw SNR of some taps along the encoders, mean and spread over seeds; dashed: random network,
     dash-dotted: readouts of shuffled labels (first table of `experiment.nodes.snr`)."""
@@ -95,7 +108,7 @@ def snr_per_encoder(taps: pd.DataFrame, data: str, threshold: float, shown: list
     return _stamped(figure, f"{data}, threshold {threshold}", data, raw)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
     """CCT and CNN on one depth axis: accuracy, SNR, clusters, cluster size, noise, centred SNR, offset share; random
     networks dashed (first table of `experiment.nodes.both_halves`)."""
@@ -118,7 +131,7 @@ def two_halves(taps: pd.DataFrame, data: str, threshold: float) -> Figure:
     return _stamped(figure, f"{data}, threshold {threshold}", data, part)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def which_node(halves: dict[str, pd.DataFrame], data: str) -> Figure:
     """Does it matter which node? SNR of native over that of rotated nodes along depth, raw and centred, one line a tap;
     dashed: random weights; 1: single nodes mean no more than any other directions. halves: name (CCT, CNN, CCT by Muon)
@@ -146,7 +159,7 @@ def which_node(halves: dict[str, pd.DataFrame], data: str) -> Figure:
     return _stamped(figure, f"{data}: does it matter which node? dashed: random weights", data, tables)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """SNR of one tap along the encoders for every threshold, trained (solid) and random (dashed)."""
     figure, axis = plt.subplots(figsize=(4.4, 3))
@@ -161,7 +174,7 @@ def threshold_sweep(taps: pd.DataFrame, data: str, tap: str = "block") -> Figure
     return _stamped(figure, f"{data}, dashed: random network", data, part)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
     """Measured accuracy of sets of nodes beyond encoder 1 against the prediction from single nodes, and against that of
     as many nodes of encoder 1 (`experiment.nodes.macroscopic_accuracies`)."""
@@ -181,7 +194,7 @@ def predicted_accuracies(table: pd.DataFrame, data: str) -> Figure:
     return _stamped(figure, f"{data}, sets of block nodes", data, table)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Figure:
     """How recognised labels, clusters and noise are spread over the nodes of one tap, encoder by encoder: the middle
     50 and 95 % and the median, trained and random network (second table of `experiment.nodes.snr`)."""
@@ -200,7 +213,7 @@ def node_distributions(nodes: pd.DataFrame, data: str, tap: str = "block") -> Fi
     return _stamped(figure, f"{data}, nodes of {tap}", data, part)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def penalties(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy and SNR of each tap at three encoders for several L2 penalties of the readouts; faint: half the epochs;
     dashed: random network (`experiment.nodes.penalties`)."""
@@ -225,7 +238,7 @@ def penalties(table: pd.DataFrame, data: str) -> Figure:
     return _stamped(figure, f"{epochs}; dashed: random network; {data}, first seed", data)
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def node_gallery(
     panels: dict[tuple[str, str], tuple[Tensor, list[list[int]]]], classes: tuple[str, ...], data: str, place: str
 ) -> Figure:
@@ -267,7 +280,7 @@ def _frame(axis, clusters: list[list[int]]) -> None:
         start += len(cluster)
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def node_matrix(field: Tensor, boolean: Tensor, clusters: list[list[int]], images: Images, node: str) -> Figure:
     """One node: its field matrix and Boolean matrix (L, L), labels ordered by cluster, clusters framed, and a test
     image of each label of its largest clusters."""
@@ -295,7 +308,7 @@ def node_matrix(field: Tensor, boolean: Tensor, clusters: list[list[int]], image
     return _stamped(figure, f"{images.name}, {node}", images.name)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy against dilution and what was lost, ANDC and its controls, one column for each pruned part; bars:
     deviation over seeds; open symbols: after the short retraining, if any (`experiment.pruning.pruning`)."""
@@ -330,7 +343,7 @@ def pruning_curve(table: pd.DataFrame, data: str) -> Figure:
     return _stamped(figure, data, data, table)
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: str, longest: int = 25) -> Figure:
     """How many nodes of each head (columns) recognise the labels that a head owns (one panel a head, at most `longest`
     labels by name); below, small, the same for nodes randomly reassigned to heads: any table so ordered has steps
@@ -358,7 +371,7 @@ def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: st
     return _stamped(figure, f"{data}, {place}: labels by owner", data)
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def head_matrices(table: pd.DataFrame, data: str, place: str) -> Figure:
     """For how many of a head's nodes an image of one label (row) makes another label (column) answer; labels ordered by
     owner, a head's own framed; encoders are rows (`experiment.heads.head_matrices`)."""
@@ -390,7 +403,7 @@ def lost_by_owner(labels: pd.DataFrame) -> pd.DataFrame:
     return 100 * owned.groupby(["head", "owned_by"]).ablation_drop.mean().unstack()
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     """Are owners experts? Margins of the owners; accuracy of the own head alone against the best other head; accuracy
     lost on each owner's labels by each head's ablation. One encoder, all seeds (`experiment.heads.head_division`)."""
@@ -420,7 +433,7 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     return _stamped(figure, f"{data}, encoder {encoder}", data, part)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def cooperation(table: pd.DataFrame, data: str) -> Figure:
     """How well sets of nodes of a head recognise the head's own labels, and which of these it is, against their number;
     grey: random groups of nodes; dotted: single nodes added up. First, middle and last encoder."""
@@ -443,7 +456,7 @@ def cooperation(table: pd.DataFrame, data: str) -> Figure:
     return _stamped(figure, f"{data}, attn nodes, bars: deviation over draws", data, table)
 
 
-@plt.rc_context(PLAIN)
+@in_style(PLAIN)
 def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
     """Attention received by each token, image-shaped: own labels, other labels and their difference, for every head of
     the encoders in the table (`experiment.heads.attention_maps`)."""
@@ -467,7 +480,7 @@ def attention_maps(table: pd.DataFrame, data: str, place: str) -> Figure:
     return _stamped(figure, f"{data}, {place}: attention received", data)
 
 
-@plt.rc_context(STYLE)
+@in_style(STYLE)
 def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     """Excess specialisation and the ablation gap with its null along the encoders (second table of
     `experiment.heads.head_division`)."""

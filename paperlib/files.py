@@ -1,9 +1,11 @@
 """Files that are there whole or not at all; what cannot be read or written is said in one sentence."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import time
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -33,10 +35,15 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise OSError(f"{path} was not written ({reason}), what was there before stays: make room for it") from error
+        full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room for it" if full else "see what stands in its way"
+        raise OSError(f"{path} was not written ({reason}), what was there before stays: {way_out}") from error
     finally:
         with suppress(OSError):  # its folder may not even be one
             partial.unlink(missing_ok=True)
+            for stray in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+                if time.time() - stray.stat().st_mtime > 3600:
+                    stray.unlink()
 
 
 @contextmanager

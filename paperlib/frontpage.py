@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from paperlib import figures, files
 from paperlib.answers import answers
-from paperlib.figures import COLOURS, PLAIN
+from paperlib.figures import COLOURS, PLAIN, in_style
 
 VERDICT_COLOURS = {"supported": ("#1a7f37", "#3fb950"), "not supported": ("#cf222e", "#f85149")}  # light, dark
 DARK = {
@@ -30,7 +30,7 @@ def hero(folder: Path, dark: bool = False) -> Figure:
         (_pruning, "accuracy_against_dilution", "Pruning by shared labels", ("C4",)),
         (_sets, "predicted_accuracies", "Nodes predict sets of nodes", ("C6",)),
     ]
-    with plt.rc_context({**PLAIN, "font.size": 10, **(DARK if dark else {})}):
+    with in_style({**PLAIN, "font.size": 10, **(DARK if dark else {})}):
         figure, axes = plt.subplots(2, 2, figsize=(9.2, 6.6))
         for axis, (draw, table, title, claims) in zip(axes.flat, panels, strict=True):
             path = folder / f"{table}.csv"
@@ -109,7 +109,7 @@ def anatomy(dark: bool = False) -> Figure:
         ("image", ""), ("convolution", ""), ("batch norm", ""), ("ReLU,\n(pooling)", "conv"), ("mean,\nclassifier", ""),
     ]  # fmt: skip
     rows = {"CCT": (1.6, cct, (1, 8), "encoder, repeated"), "CNN": (0.0, cnn, (1, 3), "layer, repeated")}
-    with plt.rc_context({**PLAIN, "font.size": 9, **(DARK if dark else {})}):
+    with in_style({**PLAIN, "font.size": 9, **(DARK if dark else {})}):
         figure, axis = plt.subplots(figsize=(9.2, 2.9))
         ink, box = (
             plt.rcParams["text.color"],

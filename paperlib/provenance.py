@@ -1,5 +1,6 @@
-"""What made a result: versions, hardware, revision, memory."""
+"""What made a result: versions, hardware, revision, code, memory."""
 
+import ast
 import ctypes
 import hashlib
 import platform
@@ -33,6 +34,11 @@ def environment(precision: str = "auto") -> dict[str, Any]:
     }
 
 
+def machine(environment: dict[str, Any]) -> str:
+    """What computed, of an `environment`: the GPU, or threads and kind of CPU."""
+    return environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})"
+
+
 def revision() -> str | None:
     """The git commit of the project, with "+changes" if code differs from it; None where the project is no checkout of
     its own (a folder inside of another repository is none)."""
@@ -48,6 +54,58 @@ def revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit[:12]}+changes" if changed else commit[:12]
+
+
+# Modules that decide where results are and how they are told, not what they are
+BESIDE = ("files", "paths", "provenance", "experiment", "experiment.settings", "experiment.store")
+
+
+def made_by(module: str) -> dict[str, str]:
+    """Code that a function of this module may run: module of the package -> hash, for all that it imports, directly or
+    not, but for those `BESIDE` the point."""
+    found, todo = {}, [module.removeprefix("paperlib.")]
+    while todo:
+        name = todo.pop()
+        path = _source(name)
+        if name not in found and name not in BESIDE and path.is_file():
+            found[name], imported = _read(path)
+            todo += imported
+    return dict(sorted(found.items()))
+
+
+def changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The modules whose code differs between two results of `made_by`."""
+    return sorted(name for name in then.keys() | now if then.get(name) != now.get(name))
+
+
+def _source(name: str) -> Path:
+    path = Path(__file__).parent.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _read(path: Path) -> tuple[str, list[str]]:
+    """Hash of a module's code, without comments, docstrings and layout, and the package's modules that it imports."""
+    tree, names = ast.parse(path.read_text(encoding="utf-8")), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "paperlib":
+            place = node.module.removeprefix("paperlib").removeprefix(".")
+            names += [place, *(f"{place}.{alias.name}".removeprefix(".") for alias in node.names)]
+    return hashlib.sha256(repr(_meaning(tree)).encode()).hexdigest()[:12], [name for name in names if name]
+
+
+def _meaning(node: Any) -> Any:
+    """A syntax tree as nested tuples, the same for every version of Python: no positions, nothing empty."""
+    if isinstance(node, list):
+        return tuple(_meaning(part) for part in node if not _is_text(part))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _meaning(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return (type(node).__name__, *fields)
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 @cache

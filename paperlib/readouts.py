@@ -1,5 +1,6 @@
 """Taps + labels -> one linear readout per tap, all trained in the same passes over the frozen network."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -104,6 +105,7 @@ def train_readouts(
                 for group, (_, _, end) in zip(adam.param_groups, ends, strict=True):
                     group["lr"] = group["rate"] * schedule(epoch * steps_per_epoch + step, end * steps_per_epoch, 0.0)
                 adam.step()
+            _check_losses(dict(zip(running, losses / steps_per_epoch, strict=True)), num_labels)
             if checkpoint is not None and epoch + 1 < epochs and time.monotonic() - last >= SAVE_SECONDS:
                 known |= {"scales": scales, "precision": precision, "epochs": epoch + 1}
                 with files.whole(checkpoint) as file:
@@ -111,6 +113,13 @@ def train_readouts(
                 last = time.monotonic()
             log(f"readouts, epoch {epoch + 1}/{epochs}  mean loss {losses.mean() / steps_per_epoch:.3f}")
         return {name: (weights[name] / scales[tap]).unflatten(1, recorded[tap].shape[1:]) for tap, name, _ in ends}
+
+
+def _check_losses(losses: dict[str, Tensor], num_labels: int) -> None:
+    """Raise FloatingPointError if a readout answers far worse than one that knows nothing (loss ln L)."""
+    for name, loss in losses.items():
+        if not loss < 10 * math.log(num_labels):  # so also for nan
+            raise FloatingPointError(f"the readout of {name} diverged (mean loss {loss:.3g}): lower readout_lr")
 
 
 def _gradient(weight: Tensor, features: Tensor, scale: float, labels: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from paperlib import paths
-from paperlib.experiment import settings
+from paperlib.experiment import settings, store
 from paperlib.models import cct
 
 # The same examples every time, and no time limit for one: machines differ, and the first call of an operation is slow.
@@ -31,6 +33,10 @@ def quick_figures(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"profile": "quick", "config": settings.load_settings("quick").model_dump(), "seeds": [0]}
     (folder / "summary.json").write_text(json.dumps(summary))
+    stamp = PngInfo()
+    stamp.add_text("Comment", store.stamp_of(summary["config"], summary["data"]["sha256"]))
+    for picture in folder.glob("*.png"):
+        Image.open(picture).save(picture, pnginfo=stamp, compress_level=1)
     for table in folder.glob("*.csv"):
         table.write_text("".join(table.read_text().splitlines(keepends=True)[:50]))
     return folder

@@ -16,6 +16,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -316,11 +317,11 @@ ROWS = [
     ("a pickle for CIFAR-100", cifar_pickle, "could not be downloaded.*by hand"),
     ("half a flower", flowers, "flowers-102.*truncated.*delete this folder"),
     # places
-    ("runs below a file", lambda p: below_a_file(p, "RUNS"), "file/below.*cannot be made.*PAPERLIB_RUNS"),
+    ("runs below a file", lambda p: below_a_file(p, "RUNS"), "file/below.*cannot be written to.*PAPERLIB_RUNS"),
     ("data below a file", lambda p: below_a_file(p, "DATA"), "CIFAR-100.*file/below.*PAPERLIB_DATA"),
-    ("no permission to write", read_only, "locked/runs.*cannot be made.*PAPERLIB_RUNS"),
+    ("no permission to write", read_only, "locked/runs.*cannot be written to.*PAPERLIB_RUNS"),
     # reference networks
-    ("no reference", ["weights=reference", "seeds=[99]"], "no reference network .*seed99"),
+    ("no reference", ["weights=reference", "seeds=[99]"], "no committed network .*seed99: add weights=trained"),
     ("a pickle for a reference", lambda p: committed(p, malicious(p)), "seed0.safetensors.*restore"),
     ("a reference without a card", lambda p: committed(p, nocard=True), "seed0.safetensors.*restore"),
     ("an older card", lambda p: committed(p, cct_options=None), "card does not tell cct_options.*restore"),
@@ -467,9 +468,14 @@ def full_disk(monkeypatch):
         yield
 
 
+def at(folder):
+    """What a figure needs of a run."""
+    return SimpleNamespace(output=folder, stamp="")
+
+
 def save_figure(folder):
     table = pd.DataFrame({"seed": [0], "epoch": [1], "loss": [1.0], "test_accuracy": [0.5]})
-    figures.save(figures.learning_curve(table, "toy", 2), folder, "x", table)
+    figures.save(figures.learning_curve(table, "toy", 2), at(folder), "x", table)
 
 
 WRITERS = [
@@ -496,6 +502,28 @@ def test_full_disk(what, name, write, tmp_path, monkeypatch):
     one_sentence(str(caught.value), rf"{name} was not written \(.*No space left.*make room")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     write(path)  # and with room again, it goes on
+
+
+def test_room_is_asked_for_only_where_room_is_missing(tmp_path, monkeypatch):
+    class Forbidden(io.FileIO):
+        def write(self, content):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files, "open", lambda path, mode: Forbidden(path, mode), raising=False)
+    with pytest.raises(OSError, match="Read-only file system") as caught:
+        files.write_text(tmp_path / "x", "x")
+    assert "make room" not in str(caught.value)
+
+
+def test_what_a_killed_process_left_is_swept_away_after_an_hour(tmp_path):
+    """Not before: another host may still be writing it."""
+    old, young, others = (tmp_path / f".{name}.{n}.part" for n, name in enumerate(("x", "x", "y")))
+    for path in (old, young, others):
+        path.write_text("half")
+    for path in (old, others):
+        os.utime(path, (0, time.time() - 4000))
+    files.write_text(tmp_path / "x", "x")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", young.name, others.name}
 
 
 def test_two_writers_do_not_share_a_partial_file(tmp_path, monkeypatch):
@@ -534,7 +562,7 @@ def test_few_labels_are_drawn_too(count, tmp_path):
     field = -torch.eye(count)  # recognises nothing
     for clusters in ([], [list(range(count))]):
         figure = figures.node_matrix(field, field > 0, clusters, toy_images(classes), "node 1")
-        figures.save(figure, tmp_path, "node", pd.DataFrame({"a": [1]}))
+        figures.save(figure, at(tmp_path), "node", pd.DataFrame({"a": [1]}))
         picture = figure.axes[0].images[0].get_array()
         assert picture.max() <= 0 and picture.min() < 0  # what is negative stays so
     figures.node_gallery({("encoder 1", "none"): (torch.zeros(count, count), [])}, classes, "toy", "ff2")
@@ -580,7 +608,7 @@ def test_hostile_names_pass_through_figures_and_tables(tmp_path):
     eye = torch.eye(count)
     rows = [
         {"nodes": nodes, "head": head, "label": label, "count": 1}
-        for nodes in ("of heads", "dealt")
+        for nodes in ("of heads", "reassigned")
         for head in range(2)
         for label in range(count)
     ]
@@ -591,7 +619,7 @@ def test_hostile_names_pass_through_figures_and_tables(tmp_path):
     }
     table = pd.DataFrame({"label": images.classes})
     for name, figure in drawn.items():
-        figures.save(figure, tmp_path / "f", name, table)
+        figures.save(figure, at(tmp_path / "f"), name, table)
         ElementTree.parse(tmp_path / "f" / f"{name}.svg")
         with Image.open(tmp_path / "f" / f"{name}.png") as picture:
             assert max(picture.size) < 6000

@@ -162,14 +162,36 @@ def test_a_missing_or_cut_python_is_one_sentence(answer, said, tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_packages_go_into_the_environment_wherever_pip_is_told_to_put_them(tmp_path):
+    """PIP_USER=1 and the like are common in people's profiles; the stub writes down what pip would see."""
+    for name in ("run_tests.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(paths.root() / name, tmp_path)
+    for place in ("bin", ".venv/bin"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / ".venv" / "bin" / "python").write_text('#!/bin/sh\ncase "$*" in *install*) env >seen;; esac\n')
+    for stub in ("bin/python3", ".venv/bin/python"):
+        (tmp_path / stub).chmod(0o755)
+    wishes = {"PIP_USER": "1", "PIP_TARGET": "/x", "PIP_PREFIX": "/x", "PIP_ROOT": "/x", "PIP_INDEX_URL": "kept"}
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **wishes}
+    subprocess.run(["bash", "run_tests.sh"], env=environment, cwd=tmp_path, capture_output=True)
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert [line for line in seen if line.startswith("PIP_")] == ["PIP_INDEX_URL=kept"]
+
+
 # --- terminals, pipes and schedulers
 
 
 @pytest.mark.parametrize(
-    ("line", "encoding"), [("{python} -m paperlib list | head -n 1", "utf-8"), ("{python} -m paperlib list", "ascii")]
+    ("line", "changes"),
+    [
+        ("{python} -m paperlib list | head -n 1", {}),
+        ("{python} -m paperlib list", {"PYTHONIOENCODING": "ascii"}),
+        ("{python} -m paperlib list", {"PYTHONSAFEPATH": "1"}),
+    ],
 )
-def test_what_reads_the_output_may_stop_or_know_no_signs(line, encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
+def test_what_reads_the_output_may_stop_or_know_no_signs(line, changes):
+    environment = os.environ | changes
     command = ["bash", "-o", "pipefail", "-c", line.format(python=sys.executable)]
     done = subprocess.run(command, cwd=paths.root(), env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and not done.stderr

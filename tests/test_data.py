@@ -101,7 +101,10 @@ def test_hash_sees_pixels_and_labels():
     brighter = toy.x_train.clone()
     brighter[3, 2, 1, 0] ^= 1
     others = [replace(toy, x_train=brighter), replace(toy, y_test=toy.y_test.flip(0))]
-    assert len({toy.sha256, *(other.sha256 for other in others)}) == 3
+    others.append(replace(toy, classes=("x", *toy.classes[1:])))
+    x, y = torch.cat([toy.x_train, toy.x_test]), torch.cat([toy.y_train, toy.y_test])
+    others.append(replace(toy, x_train=x[:5], y_train=y[:5], x_test=x[5:], y_test=y[5:]))  # one image more to train on
+    assert len({toy.sha256, *(other.sha256 for other in others)}) == 5
     assert replace(toy, x_train=toy.x_train.contiguous()).sha256 == toy.sha256  # not how memory is laid out
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from paperlib import experiment, files, paths, readouts
+from paperlib import distributed, experiment, files, paths, readouts
 from paperlib.cli import main
 from paperlib.data import channel_statistics
 from paperlib.experiment import settings
@@ -54,7 +54,7 @@ def test_two_ranks_train_the_network_of_one(folders):
 def test_what_stops_one_rank_ends_the_others(folders):
     (folders / "file").write_text("not a folder")
     done = torchrun(folders / "file")
-    assert done.returncode == 1 and re.search("^paperlib train: .* cannot be made", done.stderr, flags=re.M)
+    assert done.returncode == 1 and re.search("^paperlib train: .* cannot be written to", done.stderr, flags=re.M)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
@@ -85,6 +85,20 @@ def one_rank(rank, folder):
         torch.save({"means": result.class_means, "answers": answers}, folder / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def one_rank_of_two_data_sets(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.check_same("images", "images")
+    with pytest.raises(ValueError, match="rank 1 has other images than rank 0"):
+        distributed.check_same(f"images of rank {rank}", "images")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_with_other_images_are_told_so(tmp_path):
+    mp.spawn(one_rank_of_two_data_sets, args=(tmp_path,), nprocs=2)
+    distributed.check_same("alone", "images")
 
 
 def test_two_ranks_measure_what_one_measures(tmp_path):

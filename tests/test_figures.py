@@ -1,12 +1,26 @@
 """Curves show what their tables say."""
 
 from itertools import product
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from paperlib import figures
+
+
+def test_a_readers_own_style_changes_nothing(tmp_path):
+    """usetex would even ask for a LaTeX that may not be there."""
+    curves = pd.DataFrame({"seed": [0, 0], "epoch": [1, 2], "loss": [2.0, 1.0], "test_accuracy": [0.5, 0.6]})
+    own = {"text.usetex": True, "font.size": 30, "axes.facecolor": "red", "savefig.dpi": 20, "lines.linewidth": 9}
+    for folder, parameters in (("plain", {}), ("own", own)):
+        with plt.rc_context(parameters):
+            figure = figures.learning_curve(curves, "toy", 2)
+            figures.save(figure, SimpleNamespace(output=tmp_path / folder, stamp="s"), "x", curves)
+    for kind in ("png", "pdf", "svg", "csv"):
+        assert (tmp_path / "plain" / f"x.{kind}").read_bytes() == (tmp_path / "own" / f"x.{kind}").read_bytes(), kind
 
 
 def test_snr_and_accuracy_are_means_over_seeds():

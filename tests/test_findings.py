@@ -388,5 +388,5 @@ def test_seconds_of_readouts():
         ("flowers102-cpu", "readouts-trained-seed0"),
         ("flowers102-cpu", "heads-trained-seed0"),
     ):
-        summary = files.read_json(paths.root() / "figures" / profile / "summary.json")
-        assert_row("speed.md", f"{summary['seconds'][stage]:,.0f}", f"{summary['peak_gb'][stage]:.1f}")
+        cost = files.read_json(paths.root() / "figures" / profile / "summary.json")["stages"][stage]
+        assert_row("speed.md", f"{cost['seconds']:,.0f}", f"{cost['peak_gb']:.1f}")

@@ -26,7 +26,7 @@ cut = {{"epochs": {EPOCHS}, "max_steps": 6, "limit": 300, "readout_epochs": 2, "
        "prune_thresholds": [0.3], "retrain_thresholds": [0.3], "prune_attention": False, "taps": ["attn", "block"]}}
 run = experiment.open_run("quick", cut)
 table = experiment.pruning.pruning(run)
-figures.save(figures.pruning_curve(table, run.images.name), run.output, "accuracy_against_dilution", table)
+figures.save(figures.pruning_curve(table, run.images.name), run, "accuracy_against_dilution", table)
 run.record("03_andc_pruning", {{}}, claims.pruning(table, run.images.name))
 report.write(run.output)
 print("finished")

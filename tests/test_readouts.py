@@ -48,6 +48,17 @@ def train(network, which, images, labels, num_labels, recipe=RECIPE, seed=0):
     )
 
 
+# --- divergence
+
+
+@pytest.mark.parametrize("lr", [1e4, 1e20, float("inf")])
+def test_a_readout_that_diverges_is_none(network, lr, tmp_path):
+    """Neither a loss of 1e20 nor fields that are not finite are kept."""
+    places, images, labels = taps.cct_taps(network, ["block"]), pictures(40), torch.arange(40) % 5
+    with pytest.raises(FloatingPointError, match=r"the readout of 1\.block diverged .*: lower readout_lr"):
+        train(network, places, images, labels, 5, replace(RECIPE, lr=lr))
+
+
 # --- taps
 
 

@@ -114,7 +114,7 @@ def test_a_walk_starts_from_a_reference(made):
     ("changes", "sentence"),
     [
         ({"epochs": 2}, "epochs=1, not 2"),
-        ({"seeds": [0, 1]}, "no reference network .*seed1"),
+        ({"seeds": [0, 1]}, "no committed network .*seed1"),
         ({"stochastic_depth": 0.1}, "stochastic_depth=0.0, not 0.1"),
     ],
 )

@@ -47,6 +47,26 @@ def test_figures_of_notebooks_that_the_summary_does_not_know_are_left_out(quick_
     assert re.findall(r'<figure id="(\w+)"', report.page(quick_figures)) == ["learning_curve"]
 
 
+def test_figures_of_other_settings_are_refused(quick_figures, refuses):
+    """A profile was edited, or a notebook stopped half-way: pictures are newer than verdicts."""
+    summary = json.loads((quick_figures / "summary.json").read_text())
+    summary["config"]["epochs"] += 1
+    (quick_figures / "summary.json").write_text(json.dumps(summary))
+    with refuses("learning_curve.png was drawn with other settings or data than summary.json says"):
+        report.page(quick_figures)
+
+
+def test_stages_whose_code_has_changed_since_are_named(quick_figures):
+    summary = json.loads((quick_figures / "summary.json").read_text())
+    assert "Code has changed since" not in report.page(quick_figures)
+    name = next(iter(summary["stages"]))
+    summary["stages"][name] |= {"changed_since": ["snp"], "machine": "3 CPU threads (AVX9)"}
+    (quick_figures / "summary.json").write_text(json.dumps(summary))
+    html = report.page(quick_figures)
+    assert re.search(rf"Code has changed since 1 of these stages were computed:\s*{name}", html)
+    assert re.search(rf"<td>{name}</td>.*\n<td>3 CPU threads \(AVX9\)</td>.*<td>snp</td>", html)
+
+
 def test_figures_of_the_first_seed_say_so(quick_figures):
     summary = json.loads((quick_figures / "summary.json").read_text())
     summary["seeds"] = [0, 1, 2]

@@ -1,8 +1,10 @@
 """Stages: done once, computed again for a stated reason, never torn, never over an older artefact."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -209,13 +211,146 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     summary = json.loads((run.output / "summary.json").read_text())
     assert [*summary["results"].items()] == [("01", {"a": 1}), ("02", {"b": 3})]  # in order, whatever ran last
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
-    assert " ".join(summary) == (
-        "profile config seeds environment device data revision results verdicts seconds peak_gb stages"
-    )
+    assert " ".join(summary) == "profile config seeds environment device data revision results verdicts stages"
     assert set(summary["data"]) == {"name", "sha256", "classes"}
     other = settings.load_settings("quick", {"epochs": run.settings.epochs + 1})
-    store.Run("quick", other, run.images, run.stages, run.output).record("03", {}, [])
+    said = []
+    store.Run("quick", other, run.images, run.stages, run.output, log=said.append).record("03", {}, [])
     assert list(json.loads((run.output / "summary.json").read_text())["results"]) == ["03"]
+    assert said == [f"{run.output / 'summary.json'}: dropped, since settings or data were others: 01, 02"]
+
+
+def records(run, notebook):
+    for value in range(20):
+        run.record(f"{notebook}-{value}", {"value": value}, [])
+
+
+def test_notebooks_that_record_at_once_lose_nothing(run):
+    at_once = [threading.Thread(target=records, args=(run, notebook)) for notebook in range(4)]
+    for thread in at_once:
+        thread.start()
+    for thread in at_once:
+        thread.join()
+    assert len(json.loads((run.output / "summary.json").read_text())["results"]) == 80
+
+
+# --- code that has changed since
+
+
+def of_the_package(calls):
+    """A stage that the module `snp` would compute."""
+    make = writer(calls)
+    make.__module__ = "paperlib.snp"
+    return make
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """edited(module): as if its code were another from now on."""
+    read = provenance._read
+
+    def edit(name):
+        path = provenance._source(name)
+        monkeypatch.setattr(provenance, "_read", lambda p: ("other", []) if p == path else read(p))
+
+    return edit
+
+
+def stages_of(run):
+    run.record("02", {}, [])
+    return json.loads((run.output / "summary.json").read_text())["stages"]
+
+
+def test_a_result_of_other_code_stays_and_says_so(run, edited):
+    calls = []
+    run.stage("s", {}, {}, of_the_package(calls))
+    assert stages_of(fresh(run)) == {} and run.stage("s", {}, {}, of_the_package(calls)).outdated == ()
+    assert stages_of(run)["s"]["changed_since"] == [] and run.said == []
+    edited("figures")  # draws, but computes nothing
+    assert fresh(run).stage("s", {}, {}, of_the_package(calls)).outdated == ()
+    edited("snp")
+    for name in "st":
+        fresh(run).stage(name, {}, {}, of_the_package(calls))
+    assert len(calls) == 2  # t is new
+    edited("taps")  # which snp does not import
+    found = fresh(run).stage("t", {}, {}, of_the_package(calls))
+    assert found.outdated == ("snp",)  # it was computed by the other code, which has changed back
+    entry = stages_of(run)["t"]
+    assert entry["changed_since"] == ["snp"] and "threads" in entry["machine"]
+    assert run.said == [
+        "t: computed before snp changed, and taken as it is, like what summary.json names so "
+        "(run quick --recompute STAGE computes anew)"
+    ]
+
+
+def test_stages_are_recomputed_on_request(run, edited, refuses):
+    calls = []
+    for name in ("snr-seed0", "snr-seed1", "heads-seed0"):
+        run.stage(name, {}, {}, of_the_package(calls))
+    edited("snp")
+    fresh(run).recompute(["snr-*"])
+    for name in ("snr-seed0", "snr-seed1", "heads-seed0"):
+        run.stage(name, {}, {}, of_the_package(calls))
+    assert len(calls) == 5
+    assert {name: stage["changed_since"] for name, stage in stages_of(run).items()} == {
+        "snr-seed0": [], "snr-seed1": [], "heads-seed0": ["snp"],
+    }  # fmt: skip
+    with refuses("no finished stage is called snt: there are heads-seed0, snr-seed0, snr-seed1"):
+        run.recompute(["snt"])
+
+
+def test_a_committed_stage_is_recomputed_beside_it(run, tmp_path):
+    calls = []
+    done = run.stage("s", {}, {}, writer(calls))
+    run.committed = tmp_path / "committed"
+    shutil.move(done.folder.parent, run.committed / "s")
+    assert fresh(run).stage("s", {}, {}, writer(calls)).folder.is_relative_to(run.committed)
+    run.recompute(["s"])
+    for _ in range(2):
+        assert fresh(run).stage("s", {}, {}, writer(calls)).table("table").value.item() == 2
+    assert (run.committed / "s" / done.folder.name / "table.csv").read_text() == "value\n1\n"
+
+
+def test_code_is_what_is_executed(tmp_path):
+    """Comments, docstrings and layout are none; a constant and an operator are."""
+
+    def code(text):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(text)
+        return provenance._read(path)[0]
+
+    plain = code("def f(x):\n    return x > 0.3\n")
+    assert plain == code('"""Doc."""\n\ndef f(\n    x,\n):\n    """Doc."""\n    # why\n    return (x > 0.3)\n')
+    others = ("def f(x):\n    return x >= 0.3\n", "def f(x):\n    return x > 0.4\n", "def f(y):\n    return y > 0.3\n")
+    assert len({plain, *map(code, others)}) == 4
+
+
+def test_a_stage_knows_what_computes_it():
+    found = provenance.made_by("paperlib.experiment.measure").keys()
+    assert found >= {"snp", "optimum", "taps", "training", "data.images", "models.cct", "experiment.measure"}
+    assert not found & {"figures", "claims", "verdicts", "answers", "files", "experiment.heads", "experiment.store"}
+
+
+# --- file systems without locks
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_a_file_is_one(run, monkeypatch, reason):
+    def none(self, **_):
+        raise OSError(reason, "no locks here")
+
+    monkeypatch.setattr(store.FileLock, "acquire", none)
+    test_two_runs_on_one_stage_are_told_apart(run)
+    assert not list(run.stages.rglob("*.soft"))
+
+
+def test_a_refused_lock_is_no_missing_one(run, monkeypatch):
+    def none(self, **_):
+        raise PermissionError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr(store.FileLock, "acquire", none)
+    with pytest.raises(PermissionError):
+        run.stage("s", {}, {}, writer([]))
 
 
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):

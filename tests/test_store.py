@@ -22,8 +22,8 @@ def test_stages_are_stored_as_the_summary_names_them(folders):
     experiment.nodes.matrices(run, 0, "trained")
     run.record("02", {}, [])
     used = {
-        name: key
-        for name, key in files.read_json(run.output / "summary.json")["stages"].items()
+        name: stage["key"]
+        for name, stage in files.read_json(run.output / "summary.json")["stages"].items()
         if "train-" not in name
     }
     assert set(used) == {"readouts-trained-seed0", "matrices-trained-seed0"}
@@ -136,7 +136,7 @@ def finished_walk(project, profile, notebook_names=(), stages=(), **config):
         "config": used.model_dump() | config,
         "seeds": used.seeds,
         "data": {"name": used.data},
-        "stages": dict.fromkeys(stages, "key"),
+        "stages": {name: {"key": "key"} for name in stages},
         "results": {name: {} for name in notebook_names},
         "verdicts": [],
     }

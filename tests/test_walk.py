@@ -46,6 +46,22 @@ def test_gpu_profiles_train_and_measure_when_cut_short(profile, folders, write_c
     assert summary["results"].keys() == {"01_train_cct", "03_andc_pruning"}
 
 
+def test_another_projects_kernel_is_not_taken(tmp_path, monkeypatch):
+    """JUPYTER_PATH comes first for jupyter, and a `python3` there may be anybody's."""
+    kernel = tmp_path / "foreign" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    text = json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"})
+    (kernel / "kernel.json").write_text(text)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
+    write = f"open({str(tmp_path / 'summary.json')!r}, 'w').write('{{}}')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(write)])
+    nbformat.write(notebook, tmp_path / "x.ipynb")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").symlink_to(tmp_path / "summary.json")
+    assert run_notebook(tmp_path / "x.ipynb", tmp_path / "out", "quick", {}) is None
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "foreign")
+
+
 ENDS = {
     "__import__('os').kill(__import__('os').getpid(), 9)": "its kernel died",
     "1 / 0": "ZeroDivisionError: division by zero",

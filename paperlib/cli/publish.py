@@ -65,7 +65,7 @@ def publish_results(profile: str, figures_only: bool) -> None:
         kept = figures / "stages"
         complete = summary["results"].keys() >= {path.stem for path in notebooks.notebook_files()} - {notebooks.START}
         others = {} if complete else finished_stages(kept)  # a run of some notebooks does not know theirs
-        store_stages(others | summary["stages"], run / "stages", kept)
+        store_stages(others | {name: stage["key"] for name, stage in summary["stages"].items()}, run / "stages", kept)
     if profile == SHOWN:
         publish_frontpage(figures)
     for path, notebook in executed.items():

@@ -9,10 +9,12 @@ from pathlib import Path
 import jinja2
 import mistune
 import pandas as pd
+from PIL import Image
 
 from paperlib.answers import CLAIMS
 from paperlib.claims import BESIDE, of_claims
 from paperlib.experiment import settings
+from paperlib.experiment.store import stamp_of
 from paperlib.files import read_json, write_text
 from paperlib.pages import without_links
 from paperlib.paths import folder_of, root
@@ -109,6 +111,7 @@ def page(folder: Path) -> str:
     if missing := found - set(CAPTIONS):
         raise ValueError(f"no caption for the figure {sorted(missing)[0]}: add it to CAPTIONS")
     walked = {name[:2] for name in summary["results"]}  # figures of other notebooks may be of other settings
+    check_stamps(folder, summary, [name for name, (notebook, *_) in CAPTIONS.items() if notebook in walked])
     figures = [
         {"name": name, "claim": claim, "text": text, "null": null, "image": _uri(folder / f"{name}.png", "image/png"),
          "table": _table(folder / f"{name}.csv"), "n": 1 if name in FIRST_SEED else len(summary["seeds"])}
@@ -125,10 +128,22 @@ def page(folder: Path) -> str:
         claims={claim: text for claim, (text, _) in CLAIMS.items()},
         figures=figures,
         card=settings.card(used).itertuples(name=None),
-        hours=sum(summary["seconds"].values()) / 3600,
+        hours=sum(stage["seconds"] for stage in summary["stages"].values()) / 3600,
         verdict_csv=_data("text/csv", pd.DataFrame(summary["verdicts"]).to_csv(index=False).encode()),
+        outdated=[name for name, stage in summary["stages"].items() if stage["changed_since"]],
         deviations=_html(root() / "docs" / "deviations.md"),
     )
+
+
+def check_stamps(folder: Path, summary: dict, names: list[str]) -> None:
+    """Raise ValueError if one of these figures was drawn with other settings or data than the summary is of."""
+    stamp = stamp_of(summary["config"], summary["data"]["sha256"])
+    for path in (folder / f"{name}.png" for name in names):
+        if path.exists():
+            with Image.open(path) as image:
+                drawn = image.info.get("Comment")
+            if drawn != stamp:
+                raise ValueError(f"{path} was drawn with other settings or data than summary.json says: run it again")
 
 
 def write(folder: Path) -> Path:

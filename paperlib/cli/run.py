@@ -17,6 +17,9 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -27,11 +30,22 @@ from paperlib.experiment.store import Run
 from paperlib.files import read_json
 
 
+class OwnKernel(AsyncKernelManager):
+    """A kernel of the Python that runs this, whatever JUPYTER_PATH or a user's folder call `python3`."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help="see `list` (default: quick)")
     parser.add_argument("--from", dest="start", metavar="NN", help="start with this notebook, e.g. 02")
     parser.add_argument("--only", metavar="NN,NN", help="run these notebooks only")
     parser.add_argument("--again", action="store_true", help="run notebooks again that have not changed")
+    parser.add_argument(
+        "--recompute", nargs="+", default=[], metavar="STAGE", help="compute these finished stages anew, e.g. 'snr-*'"
+    )
     add_changes(parser)
 
 
@@ -41,6 +55,8 @@ def execute(options: argparse.Namespace) -> int:
     run = settings.open_run(options.profile, changes)  # the data too, before a notebook starts
     if any(path.stem.startswith("05") for path in chosen):
         networks.cnn_half(run)
+    if options.recompute:
+        run.recompute(options.recompute)
     os.environ["PAPERLIB_HEADLESS"] = "1"
     print(f"profile {options.profile}: {len(chosen)} notebooks; executed copies, figures and report in {run.output}")
     times, failed = {}, None
@@ -48,7 +64,8 @@ def execute(options: argparse.Namespace) -> int:
         print(f"\n{path.stem}", flush=True)
         start, key = time.time(), _key(path, run)
         others = all(seconds is None for seconds in times.values())  # 00 reads what they leave
-        if not options.again and _is_done(run.output / path.name, key) and (others or path.stem != notebooks.START):
+        kept = not (options.again or options.recompute) and _is_done(run.output / path.name, key)
+        if kept and (others or path.stem != notebooks.START):
             times[path.stem] = None
             continue
         failed = run_notebook(path, run.output, options.profile, changes)
@@ -115,9 +132,11 @@ def run_notebook(notebook: Path, folder: Path, profile: str, changes: dict) -> s
             kernel_name="python3",
             cwd=notebook.parent,
             progress_bar=False,
+            start_timeout=600,  # a busy machine; cells have no limit
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             extra_arguments=["--log-level=40"],  # the kernel's own chatter: errors only
+            kernel_manager_class=OwnKernel,
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue} (all of it: {folder / notebook.name})"

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from paperlib import data, files, models, training
 from paperlib.cli import add_changes
-from paperlib.distributed import broadcast, rank_and_ranks
+from paperlib.distributed import broadcast, check_same, rank_and_ranks
 from paperlib.experiment import networks, settings
 from paperlib.experiment.store import Run
 from paperlib.models import cards, reference
@@ -71,6 +71,7 @@ def train_along(profile: str, changes: dict, cnn: bool) -> int:
     for turn in (rank == 0, local == 0, True):  # whether machines share a folder or not
         run = run or (_opened(profile, changes, cnn) if turn else None)
         dist.barrier()
+    check_same(run.data_sha256, "images")
     for seed in run.settings.seeds:
         if rank == 0:
             if not networks.train(run, seed).fresh:

@@ -1,6 +1,7 @@
 """A data set in memory: uint8 images and labels, its fixed splits, and what normalises it."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,8 +24,14 @@ class Images:
     classes: tuple[str, ...]
     held: Tensor | None = None  # indices of training images that no network may see (see `hold_out`)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
+        """Hash of all that is here: pixels and labels, which of them are for training, the labels' names."""
+        whole = [self.pixels_sha256, len(self.y_train), self.classes]
+        return hashlib.sha256(json.dumps(whole, ensure_ascii=False).encode()).hexdigest()
+
+    @cached_property
+    def pixels_sha256(self) -> str:
         """Hash of all pixels and labels, whatever file they came from."""
         digest = hashlib.sha256()
         for images in (self.x_train, self.x_test):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paperlib import distributed, models, training
 from paperlib.data import Images, held_out, hold_out, normalise
-from paperlib.experiment.settings import check_data, check_references, reference_name
+from paperlib.experiment.settings import check_references, reference_name
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import json_rows, save_table, save_tensors, write_text
 from paperlib.models import reference
@@ -50,7 +50,13 @@ def cnn_half(run: Run) -> Run:
     half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")
     if s.weights == "reference":
         check_references(half.settings)
-        check_data(half.settings, reference.card(reference_name(s, s.seeds[0]))["data_sha256"])  # the CCTs' is checked
+        first, *others = (  # the first one's is that of the images, which a run checks when it is opened
+            reference.card(reference_name(part.settings, seed))["data_sha256"]
+            for part in (run, half)
+            for seed in s.seeds
+        )
+        if set(others) != {first}:
+            raise ValueError(f"{s.cnn} was trained on another {s.data} than {s.model}: add weights=trained")
     return half
 
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -190,6 +191,8 @@ def check_references(settings: Settings) -> None:
     """Raise ValueError if a committed network of these settings does not exist, or was trained otherwise."""
     for seed in settings.seeds:
         name = reference_name(settings, seed)
+        if name not in reference.references():
+            raise ValueError(f"there is no committed network {name}: add weights=trained to train one")
         card = reference.card(name)
         for part, value in (card["recipe"] | card["cct_options"]).items():
             if getattr(settings, part) != (value or 0):  # heads: None in a card, 0 in a profile
@@ -199,10 +202,10 @@ def check_references(settings: Settings) -> None:
                 )
 
 
-def check_data(settings: Settings, sha256: str) -> None:
-    """Raise ValueError if the committed networks were trained on other images than those of this hash."""
+def check_data(settings: Settings, images: data.Images) -> None:
+    """Raise ValueError if the committed networks were trained on other images than these."""
     for name in (reference_name(settings, seed) for seed in settings.seeds):
-        if reference.card(name)["data_sha256"] != sha256:
+        if not reference.is_trained_on(reference.card(name), images):
             raise ValueError(f"{name} was trained on another {settings.data}: add weights=trained to train anew")
 
 
@@ -254,7 +257,7 @@ def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     pd.set_option("display.max_rows", 300, "display.max_colwidth", None)  # tables are shown whole
     images = data.load(_located(settings.data), folder_of("data"), settings.image_size)
     if settings.weights == "reference":
-        check_data(settings, images.sha256)
+        check_data(settings, images)
     images = data.limit(images, settings.limit)
     held = data.hold_out(images, settings.held_out)  # finds a label with too few images
     images = held if settings.blind else images
@@ -262,8 +265,13 @@ def open_run(profile: str, changes: dict[str, Any] | None = None) -> Run:
     output = _output(profile, settings)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for folder in (output, output.parent / "stages"):
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
-        raise OSError(f"{output} cannot be made ({error.strerror}): set PAPERLIB_RUNS elsewhere") from error
+        reason = error.strerror
+        raise OSError(f"{output.parent} cannot be written to ({reason}): set PAPERLIB_RUNS elsewhere") from error
     return Run(profile, settings, images, output.parent / "stages", output, committed_stages(profile))
 
 

@@ -5,25 +5,32 @@ The key is the hash of the stage's name, of the settings that decide it and of w
 not computed again, what has is computed beside the old one, never over it.
 
 A committed stage is the same folder with fewer files: its large ones (safetensors) are made again where they are read.
+
+Code is not part of the key: hours of work stay when a module changes. The manifest says which code computed; where it
+has changed since, the log, summary.json and the report say so, and `recompute` makes it anew.
 """
 
+import errno
+import fnmatch
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from pydantic import BaseModel
 
 from paperlib import data, files, provenance, training
 
 MANIFEST = "stage.json"
+ANEW = "anew"  # a file beside a stage's folders: its committed one is not to be taken
 LARGE = ".safetensors"  # files that are not committed
 KEPT = (".csv", ".npz", LARGE)  # what a stage leaves; checkpoints and logs are its own business
 
@@ -36,6 +43,7 @@ class Stage:
     manifest: dict[str, Any]
     again: Callable[[], "Stage"] | None = None  # computes the whole of it, where large files are missing
     fresh: bool = False  # computed by this process
+    outdated: tuple[str, ...] = ()  # modules that have changed since it was computed
 
     @property
     def sha256(self) -> str:
@@ -73,6 +81,11 @@ class Run:
     def data_sha256(self) -> str:
         return self.known_sha256 or self.images.sha256
 
+    @property
+    def stamp(self) -> str:
+        """What a figure carries (see `stamp_of`)."""
+        return stamp_of(self.settings.model_dump(), self.data_sha256)
+
     def config(self, *names: str) -> dict[str, Any]:
         """The named settings, as part of a stage's key."""
         return {name: getattr(self.settings, name) for name in names}
@@ -87,12 +100,25 @@ class Run:
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.stages / record["stage"] / key
         if folder not in self.finished:
-            self.finished[folder] = self._committed(record, key, make) or self._computed(folder, record, make)
+            stage = self._committed(record, key, make) or self._computed(folder, record, make)
+            self.finished[folder] = self._dated(stage, make.__module__)
         return self.finished[folder]
+
+    def _dated(self, stage: Stage, module: str) -> Stage:
+        """The stage with the modules that have changed since; said once for each set of them."""
+        if "code" not in stage.manifest:
+            return stage
+        outdated = tuple(provenance.changed(stage.manifest["code"], provenance.made_by(module)))
+        if outdated and not any(other.outdated == outdated for other in self.finished.values()):
+            self.log(
+                f"{stage.manifest['stage']}: computed before {', '.join(outdated)} changed, and taken as it is, like "
+                f"what summary.json names so (run {self.profile} --recompute STAGE computes anew)"
+            )
+        return replace(stage, outdated=outdated)
 
     def _committed(self, record: dict, key: str, make: Callable[[Path], None]) -> Stage | None:
         folder = self.committed / record["stage"] / key if self.committed else None
-        if not folder or not (folder / MANIFEST).exists():
+        if not folder or not (folder / MANIFEST).exists() or (self.stages / record["stage"] / ANEW).exists():
             return None
         manifest = read_manifest(folder)
         if changed_files(folder, manifest, without=LARGE):
@@ -115,15 +141,8 @@ class Run:
         if self.known_sha256:
             raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(f"another run is working on {folder.parent}: wait for it, or stop it") from None
-        try:
+        with locked(folder.parent / ".lock", f"another run is working on {folder.parent}: wait for it, or stop it"):
             return self._found(folder, record) or self._made(folder, record, make)
-        finally:
-            lock.release()
 
     def _found(self, folder: Path, record: dict) -> Stage | None:
         """The stage in its folder if it is complete and nobody has changed its files."""
@@ -157,6 +176,7 @@ class Run:
             "seconds": round(time.monotonic() - start, 2),
             "peak_gb": provenance.peak_gb(),
             "revision": provenance.revision(),
+            "code": provenance.made_by(make.__module__),
             "environment": provenance.environment(self.settings.precision),
         }
         files.write_json(folder / MANIFEST, manifest)
@@ -164,20 +184,44 @@ class Run:
             leftover.unlink()
         return Stage(folder, manifest, fresh=True)
 
+    def recompute(self, patterns: list[str]) -> None:
+        """Forget the finished stages whose names match, such as `snr-*`; committed ones are left alone and not taken
+        any more. ValueError for a pattern that none matches."""
+        places = [self.stages, *([self.committed] if self.committed else [])]
+        known = sorted({path.parent.parent.name for place in places for path in place.glob(f"*/*/{MANIFEST}")})
+        for pattern in patterns:
+            found = fnmatch.filter(known, pattern)
+            if not found:
+                raise ValueError(f"no finished stage is called {pattern}: there are {', '.join(known) or 'none'}")
+            for name in found:
+                (self.stages / name).mkdir(parents=True, exist_ok=True)
+                (self.stages / name / ANEW).touch()
+                for manifest in (self.stages / name).glob(f"*/{MANIFEST}"):
+                    manifest.unlink()
+        self.finished.clear()
+
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
         """Put a notebook's results and verdicts into summary.json, beside those of the others.
 
-        What other notebooks wrote stays if it was made with the same settings and data.
+        What other notebooks wrote stays if it was made with the same settings and data; else it is dropped, and said.
         """
         path = self.output / "summary.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(".summary.lock"), f"another notebook holds {path} for minutes: stop it", 120):
+            files.write_json(path, self._summary(path, notebook, results, verdicts))
+
+    def _summary(self, path: Path, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> dict[str, Any]:
         config = self.settings.model_dump()
         old = files.read_json(path) if path.exists() else {}
-        if old.get("config") != config or old.get("data", {}).get("sha256") != self.data_sha256:
+        if old and (old["config"] != config or old["data"]["sha256"] != self.data_sha256):
+            others = ", ".join(sorted(old["results"].keys() - {notebook}))
+            if others:
+                self.log(f"{path}: dropped, since settings or data were others: {others}")
             old = {}
         claims = {verdict["claim"] for verdict in verdicts}
         kept = [verdict for verdict in old.get("verdicts", []) if verdict["claim"] not in claims]
-        manifests = {stage.manifest["stage"]: stage for stage in self.finished.values()}
-        summary = {
+        used = {stage.manifest["stage"]: stage for stage in self.finished.values()}
+        return {
             "profile": self.profile,
             "config": config,
             "seeds": self.settings.seeds,
@@ -187,11 +231,42 @@ class Run:
             "revision": provenance.revision(),
             "results": dict(sorted({**old.get("results", {}), notebook: results}.items())),
             "verdicts": sorted(kept + verdicts, key=lambda verdict: verdict["claim"]),
+            "stages": old.get("stages", {}) | {name: _entry(stage) for name, stage in used.items()},
         }
-        for what in ("seconds", "peak_gb"):
-            summary[what] = old.get(what, {}) | {name: stage.manifest[what] for name, stage in manifests.items()}
-        summary["stages"] = old.get("stages", {}) | {name: stage.folder.name for name, stage in manifests.items()}
-        files.write_json(path, summary)
+
+
+def _entry(stage: Stage) -> dict[str, Any]:
+    """What summary.json says of a stage: its key, what it cost, and what computed it."""
+    made = stage.manifest
+    return {
+        "key": stage.folder.name,
+        "seconds": made["seconds"],
+        "peak_gb": made["peak_gb"],
+        "revision": made.get("revision"),
+        "machine": provenance.machine(made["environment"]) if "environment" in made else None,
+        "changed_since": list(stage.outdated),
+    }
+
+
+def locked(path: Path, otherwise: str, seconds: float = 0) -> AbstractContextManager:
+    """A lock to hold in a `with` block; RuntimeError with this sentence after so many seconds. On a file system without
+    locks (some of clusters have none) a second file is one, as long as the process that made it lives."""
+    try:
+        return FileLock(path).acquire(timeout=seconds)
+    except Timeout:
+        raise RuntimeError(otherwise) from None
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+            raise
+    try:
+        return SoftFileLock(path.with_suffix(".soft")).acquire(timeout=seconds)
+    except Timeout:
+        raise RuntimeError(otherwise) from None
+
+
+def stamp_of(config: dict[str, Any], data_sha256: str) -> str:
+    """Short hash of a run's settings and data: figures and summaries of one run have the same."""
+    return hashlib.sha256(json.dumps([config, data_sha256], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

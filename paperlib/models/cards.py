@@ -4,7 +4,7 @@
 import re
 from typing import Any
 
-from paperlib import data
+from paperlib import data, provenance
 from paperlib.models.reference import card, load_reference
 
 LICENCES = {
@@ -54,7 +54,7 @@ def page(name: str) -> str:
         "images": f"; {IMAGES[facts['data_sha256']]}" if facts["data_sha256"] in IMAGES else "",
         "split": data.SPLITS[facts["data"]] + _unseen(facts),
         "licence": LICENCES[facts["data"].removesuffix("-resplit")],
-        "machine": environment["gpu"] or f"{environment['threads']} CPU threads ({environment['cpu_capability']})",
+        "machine": provenance.machine(environment),
         "recipe_text": ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in unused),
         "curve_rows": "\n".join(
             f"| {row['epoch']} | {row['loss']:.3f} | {row['test_accuracy']:.2%} |" for row in scored

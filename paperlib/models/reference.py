@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from paperlib import files
+from paperlib.data import Images
 
 FOLDER = Path(__file__).parent / "references"
 RESTORE = "restore the committed file, or remove it"
@@ -42,6 +43,14 @@ def card(name: str) -> dict[str, Any]:
         if facts["cct_options"]:  # of a CCT; cards that do not tell are of networks trained without
             facts["cct_options"] = {"attention_dropout": 0.0, "stochastic_depth": 0.0} | facts["cct_options"]
         return facts
+
+
+def is_trained_on(facts: dict[str, Any], images: Images) -> bool:
+    """Whether the network of a card was trained and scored on exactly these images. (Cards of version 1 have the hash
+    of pixels and labels.)"""
+    train = facts.get("n_held_out", 0) + facts.get("n_train", len(images.y_train))
+    known = facts["data_sha256"] in (images.sha256, images.pixels_sha256)
+    return known and train == len(images.y_train)
 
 
 def sha256(name: str) -> str:
