@@ -29,7 +29,12 @@ def head_matrices(fields: Tensor, num_heads: int) -> Tensor:
 
 def cooperation_counts(booleans: Tensor, num_heads: int) -> Tensor:
     """n_h(l): how many nodes of head h recognise label l: (D, L, L) bool -> (H, L) int64."""
-    return _by_head(booleans.diagonal(dim1=1, dim2=2), num_heads).sum(dim=1)
+    return counts_of(booleans.diagonal(dim1=1, dim2=2), num_heads)
+
+
+def counts_of(diagonal: Tensor, num_heads: int) -> Tensor:
+    """The same from the labels that nodes recognise: (D, L) bool -> (H, L) int64."""
+    return _by_head(diagonal, num_heads).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,15 @@ def own_label_drops(drop: Tensor, own: Tensor, generator: torch.Generator, draws
     return *_compared(*per_image.sum(dim=0)).tolist(), drawn.diff(dim=0)[0].neg()
 
 
+def own_and_other_drops(drop: Tensor, labels: Tensor, owner: Tensor) -> tuple[float, float]:
+    """Accuracy lost by heads' ablation on their own labels and on the others (see `own_label_drops`): drop (H, n) in
+    -1, 0, 1, labels (n,), owner (L,) -> floats in -1..1."""
+    own = (owner[labels] == torch.arange(len(drop))[:, None]).double()
+    drop = drop.double()
+    sums = ((drop * own).sum(1), own.sum(1), (drop * (1 - own)).sum(1), (1 - own).sum(1))
+    return tuple(_compared(*sums).tolist())
+
+
 def dealt_gaps(drop: Tensor, labels: Tensor, owner: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """The null of the ablation gap: own minus other labels (see `own_label_drops`) with the owners dealt to other
     labels at random: drop (H, n), labels (n,), owner (L,) -> (draws,)."""
@@ -194,6 +208,14 @@ def groupings(nodes: int, num_heads: int, generator: torch.Generator) -> Tensor:
     within = torch.rand(OWN_ORDERS, num_heads, width, generator=generator).argsort(dim=2)
     dealt = torch.rand(DEALINGS, nodes, generator=generator).argsort(dim=1).unflatten(1, (num_heads, width))
     return torch.cat([within + width * torch.arange(num_heads)[:, None], dealt])
+
+
+def sets_and_labels(recognised: Tensor, num_heads: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sets of nodes of heads, and of nodes that are put together at random (`groupings`, `growing_sets`), and the
+    labels that each such head owns: labels that nodes recognise (D, L) bool -> (G, H, sizes, D), (G, H, L), bool."""
+    order = groupings(len(recognised), num_heads, generator)
+    owner = torch.stack([assign_labels(group.sum(dim=1)).owner for group in recognised[order]])
+    return growing_sets(order), owner[:, None] == torch.arange(num_heads)[:, None]
 
 
 def growing_sets(order: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shapes as in `snp`: L labels, T positions, D nodes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,8 @@ def moments(
     batches: Iterable[tuple[dict[str, Tensor], Tensor]], weights: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Batches of activations, tap name -> (n, T, D), and labels (n,); readouts (L, T, D) -> mean M_k and within-label
-    variance V_k of each node's field, both (D, L, L): node, input label, output label."""
+    variance V_k (unbiased; 0 for a label with one image) of each node's field, both (D, L, L): node, input label,
+    output label."""
     labels = len(next(iter(weights.values())))
     counts = next(iter(weights.values())).new_zeros(labels, dtype=torch.float64)
     sums = {name: counts.new_zeros(2, weight.shape[2], labels, labels) for name, weight in weights.items()}
@@ -42,8 +43,45 @@ def moments(
     found = {}
     for name, total in sums.items():
         mean, square = (means_of(part.transpose(0, 1), counts).transpose(0, 1) for part in total)
-        found[name] = mean.float(), (square - mean.square()).clamp(min=0).float()
+        unbiased = (counts / (counts - 1).clamp(min=1))[:, None]
+        found[name] = mean.float(), (unbiased * (square - mean.square())).clamp(min=0).float()
     return found
+
+
+def moments_and_ratio(
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]], name: str, weight: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Moments of one tap's nodes (see `moments`), and the within-label variance of the field of all of them together
+    over the sum of theirs, mean over input and output labels: 1 for nodes that vary independently."""
+    together = weight.flatten(1).unsqueeze(2)  # all nodes as one: (L, T * D, 1)
+
+    def both() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for batch, labels in batches:
+            yield batch | {"together": batch[name].flatten(1).unsqueeze(2)}, labels
+
+    found = moments(both(), {name: weight, "together": together})
+    mean, variance = found[name]
+    return mean, variance, (found["together"][1].mean() / variance.sum(dim=0).mean()).item()
+
+
+def variance_factor(ratio: float, sizes: Tensor, nodes: int) -> Tensor:
+    """By how much the variance of the summed field of so many nodes exceeds the sum of theirs, if every pair of nodes
+    is correlated alike and all nodes together have this ratio: 1 + (n - 1) (ratio - 1) / (D - 1)."""
+    return 1 + (sizes - 1) * (ratio - 1) / max(1, nodes - 1)
+
+
+def size_only(table: pd.DataFrame) -> pd.Series:
+    """What the size alone says of a set's accuracy, in one encoder: the mean of the other sets of that size, and for
+    all nodes the straight line in log(size) through the two largest sizes before them, at most 1: table with size and
+    measured -> one number a row, nan where there is nothing to go by."""
+    by_size = table.groupby("size").measured
+    others = (by_size.transform("sum") - table.measured) / (by_size.transform("count") - 1).replace(0, math.nan)
+    means, whole = by_size.mean(), table["size"].max()
+    if len(means) > 2:
+        (first, second), (low, high) = means.index[-3:-1], means.iloc[-3:-1]
+        slope = (high - low) / math.log(second / first)
+        others[table["size"] == whole] = min(1.0, high + slope * math.log(whole / second))
+    return others
 
 
 def random_subsets(nodes: int, sizes: Iterable[int], draws: int, generator: torch.Generator) -> Tensor:

@@ -22,12 +22,15 @@ GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose fr
 EXTENSIONS = 8  # decades by which the grid may grow at either end
 ROUGHLY = 1e-2  # tolerance while penalties are compared
 TOLERANCE = 1e-3  # largest norm of the gradient, over that at W = 0
+SETTLED = 8  # by how much the gradient of `settled` is smaller: a solver that aims at half of what it needs is there
 CERTAIN = 50  # times TOLERANCE: largest norm of the gradient over that of the penalty's, which bounds the error of W
 PAIRS = 40  # steps that L-BFGS remembers
 FEW = 5000  # images that may be taken as a basis of their features
 SKETCH = 300  # images from which the leading directions of the features are taken
 CHEAPLY = 0.03  # share of the gradient down to which bf16 is trusted, before fp32 looks again
-ROUNDS = 12  # times that fp32 looks
+EXACTLY = 1e-5  # a gradient as small as that is looked at in fp64: in fp32 it is noise
+ROWS = 2048  # images in one of its products
+ROUNDS = 12  # times that fp32 (or fp64) looks
 STEPS = 200  # steps between two looks
 
 
@@ -119,13 +122,11 @@ def solve(data: Problem, l2: float, start: Optimum | None = None, tolerance: flo
     if data.mask is not None:  # another problem's steps lead out of it
         weight, pairs = weight * data.mask, []
     for _ in range(ROUNDS):
-        logits = data.features @ weight.T / data.scale
-        error = _error(logits, data.labels)
-        point = _Point(weight, logits, error, _gradient(data, error, data.features))
-        size, pull = (part.norm().item() / data.first for part in (point.slope + l2 * weight, l2 * weight))
-        bound = tolerance * min(1.0, CERTAIN * pull)
+        bound = tolerance * min(1.0, CERTAIN * l2 * weight.norm().item() / data.first)
+        point = _look(data, weight, torch.float32 if bound >= EXACTLY or not bound else torch.float64)
+        size = (point.slope + l2 * weight).norm().item() / data.first
         if size <= bound:
-            objective = F.cross_entropy(logits, data.labels).item() + l2 / 2 * weight.square().sum().item()
+            objective = F.cross_entropy(point.logits, data.labels).item() + l2 / 2 * weight.square().sum().item()
             coordinates = weight / data.scale
             whole = coordinates if data.basis is None else coordinates @ data.basis
             return Optimum(whole, l2, objective, size, steps, coordinates, pairs)
@@ -146,6 +147,20 @@ class _Point:
     logits: Tensor  # (n, L)
     error: Tensor  # (n, L), the gradient of each image's cross-entropy
     slope: Tensor  # (L, F), the gradient of their mean; the penalty's is not in it
+
+
+def _look(data: Problem, weight: Tensor, dtype: torch.dtype) -> _Point:
+    """What is known at a weight, computed in this precision a few images at a time, and kept in fp32."""
+    scaled, logits, errors = weight.to(dtype) / data.scale, [], []
+    slope = torch.zeros_like(scaled)
+    for features, labels in zip(data.features.split(ROWS), data.labels.split(ROWS), strict=True):
+        features = features.to(dtype)
+        logits.append(features @ scaled.T)
+        errors.append(_error(logits[-1], labels))
+        slope.addmm_(errors[-1].T, features)
+    slope /= len(data.features) * data.scale
+    slope = slope if data.mask is None else slope * data.mask
+    return _Point(weight, torch.cat(logits).float(), torch.cat(errors).float(), slope.float())
 
 
 def _descend(
@@ -245,11 +260,12 @@ def _line_search(data: Problem, point: _Point, direction: Tensor, moved: Tensor,
 
 @dataclass(frozen=True)
 class Choice:
-    """The readout whose penalty held-out images prefer, and those at a third and three times of it."""
+    """The readout whose penalty held-out images prefer, and those that show how much hinges on it."""
 
     best: Optimum
     third: Optimum
     triple: Optimum
+    settled: Optimum  # the best one, with a gradient that is smaller by `SETTLED`
     tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
 
 
@@ -260,7 +276,8 @@ def choose(
 
     Penalties are tried from the largest down, each from the optimum before, until accuracy has fallen twice. A best one
     at the edge of the grid is not believed: the grid is extended by decades, and the log says so. Of equally accurate
-    penalties the largest is taken.
+    penalties the largest is taken. One whose readouts the machine's numbers cannot settle is left out, and the log says
+    so; RuntimeError if that leaves none.
     """
     held_out, tried, found = held_out.flatten(1), {}, None
 
@@ -291,6 +308,15 @@ def choose(
             except RuntimeError as error:  # fp32 knows no better: images that any penalty answers, say
                 log(f"{last * factor:g} is left out: {error}")
                 break
-    triple = solve(data, 3 * best(), found)
-    solved = solve(data, best(), triple)
-    return Choice(solved, solve(data, best() / 3, solved), triple, [tried[l2] for l2 in sorted(tried)])
+    for l2 in sorted(tried, key=lambda l2: (-tried[l2]["accuracy"], -l2)):
+        try:
+            return _around(data, l2, found, [tried[key] for key in sorted(tried)])
+        except RuntimeError as error:
+            log(f"{l2:g} is left out: {error}")
+    raise RuntimeError("no penalty has a readout that could be solved: take another tap, or more images")
+
+
+def _around(data: Problem, l2: float, start: Optimum | None, tried: list[dict]) -> Choice:
+    triple = solve(data, 3 * l2, start)
+    best = solve(data, l2, triple)
+    return Choice(best, solve(data, l2 / 3, best), triple, solve(data, l2, best, TOLERANCE / SETTLED), tried)

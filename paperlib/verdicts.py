@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from paperlib.data import EMBEDDED
 from paperlib.statistics import fold_draws, fold_weights, interval, over_seeds, slope
@@ -215,6 +216,107 @@ def steps_correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     a, b = (part - part.mean(axis=-1, keepdims=True) for part in (a, b))
     norm = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
     return (a * b).sum(axis=-1) / np.where(norm > 0, norm, 1)
+
+
+def last_third(curve: np.ndarray) -> np.ndarray:
+    """The encoders of the last third, along the last axis."""
+    return curve[..., 2 * curve.shape[-1] // 3 :]
+
+
+def by_fold(table: pd.DataFrame, column: str, error: str = "") -> Curves:
+    """A statistic from a table with seed, encoder and fold (-1: all test images, else without that fold); error: the
+    column of its standard error for other reasons than images (nodes, permutations)."""
+    points = table.pivot_table(index=["seed", "encoder"], columns="fold", values=column)
+    if not len(points) or -1 not in points:
+        raise ValueError(f"{column} is not there: measure it")
+    values, folds = points[-1].unstack(), points.drop(columns=-1)
+    weights, draws = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0)), []  # seeds share their images
+    spread = table[table.fold == -1].pivot_table(index="seed", columns="encoder", values=error) if error else values * 0
+    for seed, curve in zip(values.index, values.to_numpy(), strict=True):
+        rng = np.random.default_rng([int(seed), *f"{column} {error}".encode()])
+        noise = spread.loc[seed].to_numpy() * rng.normal(size=(DRAWS, len(curve)))
+        draws.append(fold_draws(curve, folds.loc[seed].to_numpy(), weights) + noise)
+    return Curves(tuple(values.index), values.to_numpy(), np.stack(draws))
+
+
+def _lowest_late(*curves: np.ndarray) -> np.ndarray:
+    """The smallest value, or difference of two, over the last third of the encoders."""
+    first, *second = curves
+    return last_third(first - second[0] if second else first).min(axis=-1)
+
+
+def modus_vivendi(
+    trained: pd.DataFrame, random: pd.DataFrame, ablation: pd.DataFrame, cooperation: pd.DataFrame
+) -> list[Row]:
+    """C5, in every encoder of the last third, from the tables of `experiment.division`: (a) heads specialise more than
+    permuted nodes, and than the random network's heads; (b) silencing a head costs its own labels more than others, and
+    more than with owners randomly reassigned; (c) a head chooses among its own labels better than a head that is put
+    together of the encoder's nodes at random, and owns labels like it. Beside them: is it the nodes? Native above
+    rotated ones, for (a), (b) and sets of four nodes."""
+
+    def specialised(table: pd.DataFrame, basis: str, column: str = "excess") -> Curves:
+        return by_fold(table[table.basis == basis], column, "chance_error")
+
+    def silenced(owners: str, column: str = "gap", error: str = "") -> Curves:
+        return by_fold(ablation[ablation.owners == owners].assign(above=lambda t: t.gap - t.chance), column, error)
+
+    native, turned = (specialised(trained, basis) for basis in ("native", "rotated-0"))
+    rows = [
+        row("C5", "(a) heads specialise more than permuted nodes", _lowest_late, native),
+        row("C5", "(a) more than heads of random weights", _lowest_late, native, specialised(random, "native")),
+        row("C5", "(b) silencing a head costs its own labels more than others", _lowest_late, silenced("native")),
+        row(
+            "C5",
+            "(b) more than with owners randomly reassigned",
+            _lowest_late,
+            silenced("native", "above", "chance_error"),
+        ),
+        row("C5", "(c) a head is expert among its own labels", _lowest_late, _expertise(cooperation)),
+        row("C5", "(a) native nodes specialise more than rotated ones", _lowest_late, native, turned, beside=True),
+        row(
+            "C5",
+            "(b) owners by native nodes lose more than by rotated ones",
+            _lowest_late,
+            silenced("native"),
+            silenced("rotated-0"),
+            beside=True,
+        ),
+    ]
+    return rows
+
+
+def _expertise(cooperation: pd.DataFrame) -> Curves:
+    """By how much a whole head's choice among its own labels is better than that of heads of dealt nodes."""
+    whole = cooperation[cooperation.whole].groupby(["nodes", "seed", "encoder", "fold"]).choice
+    head, dealt, spread = whole.mean().loc["head"], whole.mean().loc["dealt"], whole.std().loc["dealt"]
+    table = (head - dealt).rename("ahead").to_frame().assign(spread=spread).reset_index()
+    return by_fold(table, "ahead", "spread")
+
+
+def macroscopic(table: pd.DataFrame, tap: str, beside: bool = False) -> list[Row]:
+    """C6, for the nodes of one tap, from the table of `experiment.sets`: (a) among sets of one size in one encoder,
+    predicted and measured accuracies have a positive rank correlation; (b) the prediction errs less than a curve that
+    knows the size in the same encoder; (c) so it does for all nodes of an encoder together. Intervals are over encoders
+    and seeds: sets of one encoder share nodes and images."""
+    own = table[table.tap == tap]
+    small, whole = (own[(own["size"] == own.groupby("encoder")["size"].transform("max")) == part] for part in (0, 1))
+    if not len(small):
+        raise ValueError(f"no sets of nodes of {tap} are there: measure them")
+    cells = small[small["size"] > 1].groupby(["seed", "encoder", "size"])[["predicted", "measured"]]
+    ranks = cells.apply(lambda cell: spearmanr(cell.predicted, cell.measured).statistic).fillna(0.0)
+    by_encoder = {f"(a) predicted and measured accuracy of sets of {tap} rank alike": ranks}
+    for text, part in ((f"(b) sets of {tap}", small), (f"(c) whole encoders of {tap}", whole)):
+        better = (part.size_only - part.measured).abs() - (part.predicted - part.measured).abs()
+        by_encoder[f"{text} are predicted better than by their size"] = better.groupby([part.seed, part.encoder]).mean()
+    return [_over_encoders(name, part, beside) for name, part in by_encoder.items()]
+
+
+def _over_encoders(name: str, values: pd.Series, beside: bool) -> Row:
+    """A row from one number for each seed and encoder: draws redraw encoders within seeds."""
+    points = values.groupby(["seed", "encoder"]).mean().unstack().to_numpy()
+    rng = np.random.default_rng(0)
+    draws = np.stack([seed[rng.integers(len(seed), size=(DRAWS, len(seed)))].mean(axis=1) for seed in points])
+    return _row("C6", name, points.mean(axis=1), draws, beside)
 
 
 HALF_A_POINT, ONE_POINT = 0.005, 0.01

@@ -33,7 +33,7 @@ def test_moments_are_means_and_variances_whatever_the_batches(case):
     torch.testing.assert_close(mean, snp.field_matrices(weight, snp.class_means(x, y, 5)))
     fields = macroscopic.node_fields(x, weight)
     for label in range(5):
-        torch.testing.assert_close(variance[:, label], fields[:, y == label].var(dim=1, correction=0))
+        torch.testing.assert_close(variance[:, label], fields[:, y == label].var(dim=1))
 
 
 def test_every_label_needs_an_image(case):

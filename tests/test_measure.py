@@ -31,7 +31,7 @@ def test_tables_say_what_loops_say(run):
     weight = measure.readouts(run, 1, "trained").tensors("weights")["2.ff1/best"]
     activations = taps.features(network, [place], run.images.x_test, *run.images.statistics)["2.ff1"]
     right = (torch.einsum("ntd,ltd->nl", activations, weight).argmax(dim=1) == run.images.y_test).float()
-    fold = measure._folds(run.images.y_test)
+    fold = measure.fold_of(run.images.y_test)
     where = f"encoder == 2 and tap == 'ff1' and basis == 'native' and not centred and threshold == {THRESHOLD}"
     for left_out, rows in ((-1, table.query(where)), (3, folds.query(f"{where} and fold == 3"))):
         kept = fold != left_out
@@ -94,7 +94,7 @@ def test_a_random_cnn_takes_its_statistics_from_training_images(run):
     assert (table.gradient <= optimum.TOLERANCE).all()
     settled = table[table.variant == "settled"].set_index("encoder")
     best = table[table.variant == "best"].set_index("encoder")
-    assert (settled.gradient <= optimum.TOLERANCE / measure.SETTLED).all() and (settled.l2 == best.l2).all()
+    assert (settled.gradient <= optimum.TOLERANCE / optimum.SETTLED).all() and (settled.l2 == best.l2).all()
     assert (settled.steps > 0).mean() > 0.5  # it was solved further, or there was nothing to gain
 
 
@@ -107,7 +107,7 @@ def test_a_beginning_of_balanced_images_is_balanced():
 
 def test_folds_have_as_many_of_each_label():
     labels = torch.arange(230) % 10
-    fold = measure._folds(labels)
+    fold = measure.fold_of(labels)
     counts = torch.stack([labels[fold == number].bincount(minlength=10) for number in range(measure.FOLDS)])
     assert counts.sum() == 230 and (counts.amax(dim=0) - counts.amin(dim=0) <= 1).all()
 

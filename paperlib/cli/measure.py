@@ -6,11 +6,13 @@ training takes about as long: --seed and --kind measure it in pieces.
 """
 
 import argparse
+from collections.abc import Iterator
 
 from paperlib.cli import add_changes
-from paperlib.experiment import measure, networks, readings, settings
+from paperlib.experiment import division, measure, networks, readings, sets, settings
+from paperlib.experiment.store import Run, Stage
 
-KINDS = ("trained", "random", "shuffled", "pruned")
+KINDS = ("trained", "random", "shuffled", "pruned", "sets")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its transformer")
     parser.add_argument("--seed", type=int, help="this seed only")
     parser.add_argument(
-        "--kind", choices=KINDS, help="trained or random networks, shuffled labels, or pruned readouts only"
+        "--kind", choices=KINDS, help="trained or random networks, shuffled labels, pruned readouts, sets of nodes only"
     )
     add_changes(parser)
 
@@ -30,9 +32,22 @@ def execute(options: argparse.Namespace) -> int:
         raise ValueError(f"seed {options.seed} is not one of the profile's: {run.settings.seeds}")
     for seed in run.settings.seeds:
         for kind in KINDS:
-            wanted = options.seed in (None, seed) and options.kind in (None, kind)
-            if wanted and kind == "pruned":
-                print(readings.readouts(run, seed).folder)
-            elif wanted and (kind != "shuffled" or seed == run.settings.seeds[0]):
-                print(measure.nodes(run, seed, kind).folder)
+            shuffled_once = kind != "shuffled" or seed == run.settings.seeds[0]
+            if options.seed in (None, seed) and options.kind in (None, kind) and shuffled_once:
+                for stage in _stages(run, seed, kind, heads=not options.cnn):
+                    print(stage.folder)
     return 0
+
+
+def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
+    if kind == "pruned":
+        yield readings.readouts(run, seed)
+    elif kind == "sets":
+        yield sets.sets_of_nodes(run, seed)
+    else:
+        yield measure.nodes(run, seed, kind)
+        if heads:
+            yield division.specialisation(run, seed, kind)
+            yield division.cooperation(run, seed, kind)
+        if heads and kind == "trained":
+            yield division.ablation(run, seed)

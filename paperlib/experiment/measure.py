@@ -29,7 +29,6 @@ FOLDS = 10  # of the test images
 GROUP_BYTES = 7e9  # of features that are held at a time
 NODE_COLUMNS = ("labels", "clusters", "internal", "external", "own_noise", "mutual", "expected")
 VARIANTS = ("best", "third", "triple", "settled")  # penalty: chosen, a third, three times; chosen, solved further
-SETTLED = 8  # by how much the gradient of `settled` is smaller: a solver that aims at half of what it needs is there
 
 
 def readouts(run: Run, seed: int, kind: str) -> Stage:
@@ -42,7 +41,9 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
     network, places, inputs = _measured(run, seed, kind)
 
     def make(folder: Path) -> None:
-        images, weights, rows = _prepared(run, seed, kind, network), {}, []
+        if not run.settings.blind:
+            run.log("the networks have seen the held-out images, which choose penalties: blind=true keeps them apart")
+        images, weights, rows = prepared(run, seed, kind, network), {}, []
         for number, group in enumerate(_groups(network, places, images)):
             found, said = _solved(run, seed, kind, network, group, images, folder / f"solved-{number}.pt")
             weights |= found
@@ -70,14 +71,14 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
     thresholds = sorted({s.threshold, *s.threshold_sweep})
 
     def make(folder: Path) -> None:
-        images, weights = _prepared(run, seed, kind, network), source.tensors("weights")
+        images, weights = prepared(run, seed, kind, network), source.tensors("weights")
         weights = {name: weight.to(images.x_test.device) for name, weight in weights.items()}
         best = {place.name: weights[f"{place.name}/best"] for place in places}
         _, held = held_out(run.images.y_train, s.held_out)
         unseen, seen, _ = class_sums(network, places, best, images.x_train[held], images.y_train[held], images, folds=1)
         sums, counts, correct = class_sums(network, places, best, images.x_test, images.y_test, images)
         taps_, folds, variants, means, arrays = [], [], [], {}, {}
-        fold, images_of = _folds(images.y_test), counts.sum(dim=0)
+        fold, images_of = fold_of(images.y_test), counts.sum(dim=0)
         for place in places:
             name, by_fold = place.name, sums.pop(place.name)
             row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind}
@@ -119,14 +120,12 @@ def _measured(run: Run, seed: int, kind: str) -> tuple[nn.Module, list[Tap], dic
     if counts.min() < 2:
         label = run.images.classes[int(counts.argmin())]
         raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
-    if not run.settings.blind:
-        run.log("the networks have seen the held-out images, which choose penalties: blind=true keeps them apart")
     network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
     once = ONCE if seed == run.settings.seeds[0] and kind != "shuffled" else ()
     return network, taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"]), inputs
 
 
-def _prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
+def prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
     """The images on the device; a random CNN takes its batch norm's statistics from them."""
     images = run.images.to(training.best_device())
     if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
@@ -187,8 +186,7 @@ def _solved(
         data = optimum.problem(own[: len(y)], y, len(images.classes))
         unseen = own[len(y) :].flatten(1)
         choice = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}"))
-        settled = optimum.solve(data, choice.best.l2, choice.best, optimum.TOLERANCE / SETTLED)
-        found = dict(zip(VARIANTS, (choice.best, choice.third, choice.triple, settled), strict=True))
+        found = {variant: getattr(choice, variant) for variant in VARIANTS}
         for variant, one in found.items():
             weights[f"{place.name}/{variant}"] = one.weight.unflatten(1, own.shape[1:])
             answers = (unseen @ one.weight.T).argmax(dim=1)
@@ -214,7 +212,7 @@ def _order(labels: Tensor, seed: int) -> Tensor:
     return torch.randperm(len(labels), generator=training.generator(seed, "shuffled labels", len(labels)))
 
 
-def _folds(labels: Tensor) -> Tensor:
+def fold_of(labels: Tensor) -> Tensor:
     """The fold of each image, so that every fold has as many of each label, or one more: (n,)."""
     order, rank, _ = ranked(labels)
     return torch.empty_like(labels).scatter_(0, order, rank % FOLDS)
@@ -232,7 +230,7 @@ def class_sums(
     """One pass over images: class sums of each fold, tap -> (folds, L, T, D); images of each fold and label (folds, L);
     which images each readout, and each head alone, answers correctly, tap -> (n,), heads/tap -> (n, H)."""
     labels = len(images.classes)
-    cell = (_folds(y) % folds) * labels + y
+    cell = (fold_of(y) % folds) * labels + y
     sums = {name: weight.new_zeros(folds * labels, *weight.shape[1:]) for name, weight in weights.items()}
     correct: dict[str, list[Tensor]] = {}
     batches = taps.activations(network, places, x, *images.statistics)

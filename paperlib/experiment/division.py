@@ -1,0 +1,261 @@
+"""Stages of a walk that ask, encoder by encoder, whether heads divide the labels among themselves, whether silencing
+one costs its own labels, whether a head is expert among them, and whether single nodes do it (claim C5).
+
+Which head owns a label is counted on held-out images; everything is scored on the test images, whole and without each
+of ten folds. Rotated nodes, within heads, are the null of single ones: what they do as well, the head does.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from paperlib import heads, macroscopic, snp, taps, training
+from paperlib.data import BATCH, Images, held_out, normalise
+from paperlib.experiment import measure
+from paperlib.experiment.networks import load_network
+from paperlib.experiment.store import Run, Stage
+from paperlib.files import save_arrays, save_table
+from paperlib.taps import Tap
+
+WHOLE = -1  # the fold of what is scored on all test images
+
+
+def specialisation(run: Run, seed: int, kind: str) -> Stage:
+    """Stage: how far the nodes of each head recognise labels that others' do not. kind as in `measure.readouts`.
+
+    encoders.csv: seed, network, encoder, basis (native, rotated-0, ..), fold (native and rotated-0; -1: all test
+    images), specialisation, chance and chance_error (mean and deviation over permutations of nodes), excess (nats),
+    share (of the largest possible, ln H). owners.csv: seed, network, encoder, basis, label, owner (by held-out images,
+    -1: none), count (its nodes that recognise the label), tied. heads.csv: whole heads as if each were one node: seed,
+    network, encoder, head, centred, `snp.NodeStatistics`, owned (labels).
+    """
+    source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
+    network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
+    s = run.settings
+
+    def make(folder: Path) -> None:
+        images = measure.prepared(run, seed, kind, network)
+        places, means = _places(network), source.tensors("means")
+        weights = {place.name: read.tensors("weights")[f"{place.name}/best"] for place in places}
+        on_device = {name: weight.to(images.x_test.device) for name, weight in weights.items()}
+        sums, counts, _ = measure.class_sums(network, places, on_device, images.x_test, images.y_test, images)
+        encoders, owners, whole = [], [], []
+        for place in places:
+            name, row = place.name, {"seed": seed, "network": kind, "encoder": place.encoder}
+            by_fold, images_of = sums.pop(name).cpu(), counts.cpu()
+            for basis, rotation in _bases(seed, place, weights[name].shape[2]):
+                weight, held = (_rotated(part, rotation) for part in (weights[name], means[f"held/{name}"]))
+                found = _owners(snp.field_matrices(weight, held), place.heads, s.threshold)
+                owners.append(found.assign(**row, basis=basis))
+                for fold in (WHOLE, *range(measure.FOLDS * (basis in ("native", "rotated-0")))):
+                    kept = [number for number in range(measure.FOLDS) if number != fold]
+                    mean = snp.means_of(by_fold[kept].sum(dim=0), images_of[kept].sum(dim=0))
+                    fields = snp.field_matrices(weight, _rotated(mean, rotation))
+                    generator = training.generator(seed, "head permutations", name, basis)
+                    said = _specialised(fields, place.heads, s.threshold, s.permutations, generator)
+                    encoders.append(row | {"basis": basis, "fold": fold} | said)
+            fields = heads.head_matrices(snp.field_matrices(weights[name], means[name]), place.heads)
+            owner = torch.tensor(owners[-1 - snp.ROTATIONS].owner.to_numpy())
+            for centred, part in ((False, fields), (True, snp.split_offset(fields)[0])):
+                columns = asdict(snp.node_statistics(snp.boolean_matrices(part, s.threshold)))
+                owned = [(owner == head).sum().item() for head in range(place.heads)]
+                columns = {column: values.tolist() for column, values in columns.items()} | {"owned": owned}
+                whole.append(pd.DataFrame({**row, "head": range(place.heads), "centred": centred, **columns}))
+        save_table(folder / "encoders.csv", encoders)
+        save_table(folder / "owners.csv", pd.concat(owners))
+        save_table(folder / "heads.csv", pd.concat(whole))
+
+    config = run.config("threshold", "permutations") | {"seed": seed, "kind": kind}
+    inputs |= {"nodes": source.sha256, "readouts": read.sha256}
+    return run.stage(f"specialisation-{kind}-seed{seed}", config, inputs, make)
+
+
+def ablation(run: Run, seed: int) -> Stage:
+    """Stage: what silencing each head of the trained network costs the labels that it owns, and the others.
+
+    ablation.csv: seed, encoder, owners (native, rotated-0, ..; best: by what silencing costs on held-out images;
+    shuffled: of readouts of randomly reassigned labels, first seed), fold (-1: all test images), own_drop, other_drop,
+    gap (all in -1..1), chance and chance_error (mean and deviation of the gap with owners randomly reassigned).
+    drops.csv: seed, encoder, head, label, drop (accuracy lost on that label's test images). answers.npz: intact and
+    held/intact (n,), ablated and held/ablated (E, H, n), bool.
+    """
+    network, inputs = load_network(run, seed, "trained")
+    first = seed == run.settings.seeds[0]
+    sources = {kind: specialisation(run, seed, kind) for kind in ("trained", *(["shuffled"] if first else []))}
+
+    def make(folder: Path) -> None:
+        images, answers = run.images.to(training.best_device()), {}
+        _, held = held_out(run.images.y_train, run.settings.held_out)
+        y, y_held = run.images.y_test, run.images.y_train[held]
+        for prefix, x, labels in (("", images.x_test, y), ("held/", images.x_train[held], y_held)):
+            answers[f"{prefix}intact"], answers[f"{prefix}ablated"] = _answers(network, x, labels, images)
+        rows, drops = [], []
+        for encoder, ablated in enumerate(answers["ablated"], start=1):
+            row = {"seed": seed, "encoder": encoder}
+            lost = answers["intact"].int() - ablated.int()
+            by_label = heads.mean_by_label(lost.T.float(), y, len(run.images.classes))
+            part = pd.DataFrame(by_label.numpy()).rename_axis("label").reset_index()
+            drops.append(part.melt("label", var_name="head", value_name="drop").assign(**row))
+            unseen = answers["held/intact"].int() - answers["held/ablated"][encoder - 1].int()
+            best = heads.mean_by_label(unseen.T.float(), y_held, len(run.images.classes)).argmax(dim=1)
+            for name, owner in (*_owners_of(sources, encoder, len(best)), ("best", best)):
+                generator = training.generator(seed, "reassigned owners", encoder, name)
+                dealt = heads.dealt_gaps(lost, y, owner, run.settings.permutations, generator)
+                chance = {"chance": dealt.mean().item(), "chance_error": dealt.std().item()}
+                for fold in range(WHOLE, measure.FOLDS):
+                    kept = measure.fold_of(y) != fold
+                    mine, other = heads.own_and_other_drops(lost[:, kept], y[kept], owner)
+                    said = {"own_drop": mine, "other_drop": other, "gap": mine - other}
+                    rows.append(row | {"owners": name, "fold": fold} | said | chance)
+        save_table(folder / "ablation.csv", rows)
+        save_table(folder / "drops.csv", pd.concat(drops))
+        save_arrays(folder / "answers.npz", answers)
+
+    config = run.config("permutations", "held_out") | {"seed": seed, "first": first}
+    inputs |= {kind: source.sha256 for kind, source in sources.items()}
+    return run.stage(f"ablation-seed{seed}", config, inputs, make)
+
+
+def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
+    """Stage: how well sets of a head's nodes recognise the head's own labels, against as many nodes of heads that are
+    put together at random and own labels by the same count, and against as many rotated nodes of the head.
+
+    cooperation.csv: seed, network, encoder, nodes (head, dealt, rotated), draw, fold (-1: all test images; others for
+    whole heads only), size, whole (all nodes of a head; with more, all of the encoder), and the columns of
+    `heads.cooperation_table`: `choice`, the share of the owner's other labels that get a smaller field than the image's
+    own, is what says that a head is expert: 0.5 by chance, and blind to a shift of all answers towards its labels.
+    """
+    source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
+    network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
+    s = run.settings
+
+    def make(folder: Path) -> None:
+        images, places, parts = measure.prepared(run, seed, kind, network), _places(network), []
+        held, weights = source.tensors("means"), read.tensors("weights")
+        fold = measure.fold_of(images.y_test)
+        for place in places:  # one at a time: 2,100 sets answer every image
+            weight = weights[f"{place.name}/best"]
+            fields = snp.field_matrices(weight, held[f"held/{place.name}"])
+            recognised = snp.diagonal_labels(snp.boolean_matrices(fields, s.threshold))
+            sets, own = heads.sets_and_labels(recognised, place.heads, training.generator(seed, "sets", place.name))
+            rotation = dict(_bases(seed, place, weight.shape[2]))["rotated-0"]
+            measured = [
+                _scored(network, place, weight, rotation, sets, own, images, fold == number)
+                for number in range(measure.FOLDS)
+            ]
+            row = {"seed": seed, "network": kind, "encoder": place.encoder}
+            for left_out in range(WHOLE, measure.FOLDS):
+                kept = [part for number, part in enumerate(measured) if number != left_out]
+                for table in _cooperating(sets, own, kept, place.heads):
+                    table = table if left_out == WHOLE else table[table.whole]
+                    parts.append(table.assign(**row, fold=left_out))
+        save_table(folder / "cooperation.csv", pd.concat(parts))
+
+    config = run.config("threshold") | {"seed": seed, "kind": kind, "sets": [heads.OWN_ORDERS, heads.DEALINGS]}
+    inputs |= {"nodes": source.sha256, "readouts": read.sha256}
+    return run.stage(f"cooperation-{kind}-seed{seed}", config, inputs, make)
+
+
+def _places(network: nn.Module) -> list[Tap]:
+    """Where the heads of each encoder lie side by side."""
+    return taps.places(network, ["attn"])
+
+
+def _bases(seed: int, place: Tap, nodes: int) -> Iterator[tuple[str, Tensor | None]]:
+    """native, and the rotations within heads that `measure.nodes` takes."""
+    yield "native", None
+    generator = training.generator(seed, "rotations", place.name)
+    for number, rotation in enumerate(snp.rotations(nodes, snp.ROTATIONS, generator, place.groups)):
+        yield f"rotated-{number}", rotation
+
+
+def _rotated(values: Tensor, rotation: Tensor | None) -> Tensor:
+    return values if rotation is None else snp.rotated(values, rotation)
+
+
+def _owners(fields: Tensor, num_heads: int, threshold: float) -> pd.DataFrame:
+    """label, owner, count, tied: which head has most nodes that recognise a label."""
+    counts = heads.cooperation_counts(snp.boolean_matrices(fields, threshold), num_heads)
+    owned = heads.assign_labels(counts)
+    columns = {"owner": owned.owner, "count": counts.amax(dim=0), "tied": owned.tied}
+    return pd.DataFrame({"label": range(counts.shape[1])} | {name: part.numpy() for name, part in columns.items()})
+
+
+def _specialised(
+    fields: Tensor, num_heads: int, threshold: float, permutations: int, generator: torch.Generator
+) -> dict[str, float]:
+    diagonal = snp.diagonal_labels(snp.boolean_matrices(fields, threshold))
+    value = heads.specialisation(heads.counts_of(diagonal, num_heads)).item()
+    null = heads.permutation_null(diagonal, num_heads, permutations, generator)
+    excess = value - null.mean().item()
+    return {
+        "specialisation": value,
+        "chance": null.mean().item(),
+        "chance_error": null.std().item(),
+        "excess": excess,
+        "share": excess / math.log(num_heads),
+    }
+
+
+def _answers(network: nn.Module, x: Tensor, labels: Tensor, images: Images) -> tuple[Tensor, Tensor]:
+    """Which images the network answers correctly, (n,), and with each head silent, (E, H, n)."""
+    intact, ablated = [], []
+    for batch in x.split(BATCH):
+        batch = normalise(batch, *images.statistics)
+        with torch.no_grad():
+            intact.append(network(batch).argmax(dim=1).cpu())
+        ablated.append(heads.ablation_logits(network, batch).argmax(dim=3).cpu())
+    return torch.cat(intact) == labels, torch.cat(ablated, dim=2) == labels
+
+
+def _owners_of(sources: dict[str, Stage], encoder: int, labels: int) -> Iterator[tuple[str, Tensor]]:
+    """Owners (L,) of one encoder by every basis of the trained network, and by readouts of reassigned labels."""
+    for kind, source in sources.items():
+        table = source.table("owners")
+        for basis, part in table[table.encoder == encoder].groupby("basis"):
+            if kind == "trained" or basis == "native":
+                owner = part.sort_values("label").owner.to_numpy()
+                yield basis if kind == "trained" else kind, torch.tensor(owner)
+
+
+def _scored(
+    network: nn.Module, place: Tap, weight: Tensor, rotation: Tensor, sets: Tensor, own: Tensor, images: Images,
+    chosen: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Over some test images, sums per label of right answers and choices of native sets (G, H, sizes, D), and of
+    rotated ones (the first `heads.OWN_ORDERS`), of right answers of single nodes, and images per label."""
+    x, y, device = images.x_test[chosen], images.y_test[chosen], images.x_test.device
+    weight, sets, own, rotation = (part.to(device) for part in (weight, sets, own, rotation))
+    bases = {"": (weight, None, sets, own)}
+    first = slice(heads.OWN_ORDERS)
+    bases["rotated "] = (snp.rotated(weight, rotation), rotation, sets[first], own[first])
+    found = {"images": y.bincount(minlength=len(weight))}
+    for batch, labels in macroscopic.labelled_batches(network, [place], x, y, images):
+        for name, (readout, turn, some, mine) in bases.items():
+            fields = macroscopic.node_fields(_rotated(batch[place.name], turn), readout)
+            answers = (some.flatten(0, 2).to(fields) @ fields.flatten(1)).unflatten(1, fields.shape[1:])
+            whose = mine[:, :, None].expand(*some.shape[:3], -1).flatten(0, 2)
+            for what, part in (
+                ("right", heads.right_answers_per_label(answers, labels)),
+                ("choice", heads.choices_per_label(answers, labels, whose)),
+                ("alone", heads.right_answers_per_label(fields, labels)),
+            ):
+                found[name + what] = found.get(name + what, 0) + part
+    return {name: part.cpu() for name, part in found.items()}
+
+
+def _cooperating(
+    sets: Tensor, own: Tensor, measured: list[dict[str, Tensor]], num_heads: int
+) -> Iterator[pd.DataFrame]:
+    """Tables of native and of rotated sets, from the sums over some folds."""
+    total = {name: sum(part[name] for part in measured) for name in measured[0]}
+    for basis, kept in (("", slice(None)), ("rotated ", slice(heads.OWN_ORDERS))):
+        shares = (total[basis + what] / total["images"] for what in ("right", "choice", "alone"))
+        table = heads.cooperation_table(sets[kept], own[kept], *shares)
+        table["whole"] = table["size"] == sets.shape[3] // num_heads
+        yield table if not basis else table.assign(nodes="rotated")
