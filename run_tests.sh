@@ -15,4 +15,5 @@ extras=notebooks,tests
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export PAPERLIB_RUNS=$folder PAPERLIB_HEADLESS=1
-"$python" -m pytest --nbval-lax --nbval-current-env tests notebooks "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one thread a process: those of two processes would wait for each other
+"$python" -m pytest -n logical --maxprocesses 4 --dist loadgroup --nbval-lax --nbval-current-env tests notebooks "$@"

@@ -95,17 +95,17 @@ def ablation_logits(network: nn.Module, images: Tensor, means: list[Tensor] | No
     images (n, 3, S, S), normalised -> (encoders, H, n, L). What lies before the ablated head is computed once.
     """
     network.eval()
-    classifier = network.classifier
+    classifier, mask = network.classifier, network.mask(images)
     stream = classifier.embed(network.tokenizer(images))
     logits = []
     for index, block in enumerate(classifier.blocks):
         for head in range(block.self_attn.heads):
             with _replaced(block.self_attn, head, means[index] if means else torch.zeros(())):
-                ablated = block(stream)
+                ablated = block(stream, mask)
             for later in classifier.blocks[index + 1 :]:
-                ablated = later(ablated)
-            logits.append(classifier.classify(ablated))
-        stream = block(stream)
+                ablated = later(ablated, mask)
+            logits.append(classifier.classify(ablated, mask))
+        stream = block(stream, mask)
     return torch.stack(logits).unflatten(0, (len(classifier.blocks), -1))
 
 
@@ -173,7 +173,7 @@ def attention_received(network: nn.Module, images: Tensor, encoder: int) -> Tens
     with recording(network.eval(), [Tap(encoder, "qkv", f"classifier.blocks.{encoder - 1}.self_attn.qkv")]) as recorded:
         network(images)
     q, k, _ = attention.split_heads(recorded[f"{encoder}.qkv"])
-    return attention_map(q, k).mean(dim=2)
+    return attention_map(q, k, network.mask(images)).mean(dim=2)
 
 
 @contextmanager

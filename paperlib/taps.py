@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from paperlib.data import BATCH, normalise
+from paperlib.data import BATCH, normalise, positions
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def activations(
     with recording(network, taps) as recorded:
         for batch in images.split(batch_size):
             network(normalise(batch, mean, std))
-            yield {name: value.float() for name, value in recorded.items()}
+            yield {name: _counted(value.float(), positions(batch)) for name, value in recorded.items()}
             recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory
 
 
@@ -275,14 +275,20 @@ def features(
     found: dict[str, Tensor] = {}
     with recording(network, taps, stop=True) as recorded:
         for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             with suppress(AllRecorded):
-                network(normalise(images[start : start + batch_size], mean, std))
+                network(normalise(batch, mean, std))
             for tap in taps:
-                part = recorded.pop(tap.name).float()
+                part = _counted(recorded.pop(tap.name).float(), positions(batch))
                 if tap.name not in found:
                     found[tap.name] = part.new_empty(len(images), *part.shape[1:])
                 found[tap.name][start : start + batch_size] = part
     return found
+
+
+def _counted(nodes: Tensor, there: Tensor | None) -> Tensor:
+    """Activations (n, T, D) that are 0 where there is no word, so that padding says nothing."""
+    return nodes if there is None or nodes.shape[1] != there.shape[1] else nodes * there[:, :, None]
 
 
 def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[Tap]:

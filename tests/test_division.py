@@ -119,7 +119,9 @@ def test_sets_of_nodes_are_measured_and_predicted_from_what_single_nodes_say(run
     ratio = variance(fields.sum(dim=0)).mean() / variance(fields).sum(dim=0).mean()
     assert whole.variance_ratio.item() == pytest.approx(ratio.item(), rel=1e-2)
     single = table[table["size"] == 1]  # a correlation between nodes needs two
-    assert table.predicted.between(0, 1).all() and single.predicted.tolist() == pytest.approx(single.uncorrelated.tolist())
+    assert table.predicted.between(0, 1).all() and single.predicted.tolist() == pytest.approx(
+        single.uncorrelated.tolist()
+    )
 
 
 def test_size_alone_is_the_mean_of_the_others_and_a_line_for_all():

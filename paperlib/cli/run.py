@@ -23,7 +23,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from paperlib import files, notebooks, provenance
+from paperlib import data, files, notebooks, provenance
 from paperlib.cli import add_changes, report
 from paperlib.experiment import networks, settings
 from paperlib.experiment.store import Run
@@ -53,6 +53,8 @@ def execute(options: argparse.Namespace) -> int:
     changes = settings.changes_of(options.set)
     chosen = _chosen(options.start, options.only)
     run = settings.open_run(options.profile, changes)  # the data too, before a notebook starts
+    if run.settings.data in data.TEXTS:
+        raise ValueError(f"texts have no notebooks yet: python -m paperlib measure {options.profile} measures them")
     if any(path.stem.startswith("05") for path in chosen):
         networks.cnn_half(run)
     if options.recompute:

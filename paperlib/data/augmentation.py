@@ -51,16 +51,17 @@ def augmented_batches(
     so every device sees the same batches and nothing waits inside the epoch. place = (rank, ranks) yields a rank's
     share of each batch: every ranks-th image.
     """
-    rank, ranks = place
     n, device, size = len(images), images.device, images.shape[-1]
     order = torch.randperm(n, generator=generator)
     offsets = torch.randint(-shift, shift + 1, (2, n), generator=generator)
     mirrored = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
     order, offsets, mirrored = (t.to(device, non_blocking=True) for t in (order, offsets, mirrored))
     pixel = torch.arange(size, device=device)
+    if images.ndim == 2:  # texts, which are taken as they are
+        yield from ((images[index], labels[index]) for index in (order[part] for part in _parts(n, batch_size, place)))
+        return
     stored = images.permute(0, 2, 3, 1)
-    for start in range(0, n, batch_size):
-        part = slice(start + rank, min(start + batch_size, n), ranks)
+    for part in _parts(n, batch_size, place):
         index = order[part]
         rows = pixel + offsets[0, part, None]  # (b, S): the source row of each row
         columns = torch.where(mirrored[part, None], size - 1 - pixel, pixel) + offsets[1, part, None]
@@ -69,3 +70,9 @@ def augmented_batches(
             index[:, None, None], rows.clamp(0, size - 1)[:, :, None], columns.clamp(0, size - 1)[:, None, :]
         ]
         yield (batch * inside[..., None]).permute(0, 3, 1, 2), labels[index]
+
+
+def _parts(n: int, batch_size: int, place: tuple[int, int]) -> Iterator[slice]:
+    rank, ranks = place
+    for start in range(0, n, batch_size):
+        yield slice(start + rank, min(start + batch_size, n), ranks)

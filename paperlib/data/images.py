@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BATCH = 64  # images in a forward pass that only measures: more gain nothing on CPUs (docs/speed.md)
+PADDING = 0  # the number of no word, behind the last word of a text
 EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
 
 
@@ -23,6 +24,11 @@ class Images:
     y_test: Tensor
     classes: tuple[str, ...]
     held: Tensor | None = None  # indices of training images that no network may see (see `hold_out`)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many words there are: none."""
+        return 0
 
     @cached_property
     def sha256(self) -> str:
@@ -108,8 +114,14 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images -> float32 with the training images' mean 0 and deviation 1 per channel."""
-    return (images.float() / 255 - mean) / std
+    """uint8 images -> float32 with the training images' mean 0 and deviation 1 per channel. Numbers of words (int64)
+    are what a network takes as they are."""
+    return images if images.dtype == torch.int64 else (images.float() / 255 - mean) / std
+
+
+def positions(images: Tensor) -> Tensor | None:
+    """Which positions of stored texts hold a word: (n, T) int64 -> (n, T) bool; None for images, where all count."""
+    return images != PADDING if images.dtype == torch.int64 else None
 
 
 def ranked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

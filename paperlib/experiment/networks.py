@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import distributed, models, training
-from paperlib.data import Images, held_out, hold_out, normalise
+from paperlib.data import TEXTS, Images, held_out, hold_out, normalise
 from paperlib.experiment.settings import check_references, reference_name
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import json_rows, save_table, save_tensors, write_text
@@ -34,6 +34,7 @@ def build_network(run: Run, seed: int, weights: dict[str, Tensor] | None = None)
     """The run's network with weights freshly drawn from the seed, or with these, on the best device."""
     s = run.settings
     options = run.config("image_size", "positional_embedding", "attention_dropout", "stochastic_depth")
+    options["vocabulary"] = run.images.vocabulary
     # Drawing weights takes longer than reading them: what is replaced is not drawn.
     with training.seeded(seed, "weights"), torch.device("cpu" if weights is None else "meta"):
         network = models.build(s.model, len(run.images.classes), heads=s.heads or None, **options)
@@ -45,6 +46,8 @@ def build_network(run: Run, seed: int, weights: dict[str, Tensor] | None = None)
 def cnn_half(run: Run) -> Run:
     """The same walk with the CNN in the CCT's place; ValueError if committed networks do not fit it."""
     s = run.settings
+    if s.data in TEXTS:
+        raise ValueError(f"a CNN reads images, and {s.data} has texts: leave --cnn out")
     changes = {"model": s.cnn, "epochs": s.cnn_epochs, "lr": s.cnn_lr, "optimizer": "adamw", "token_share": 1.0}
     changes |= {"taps": ["conv"], "taps_once": [], "penalty_taps": ["conv"], "prune_attention": False}
     half = replace(run, settings=s.model_copy(update=changes), prefix="cnn-")

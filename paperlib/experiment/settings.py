@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import nn
 
 from paperlib import data, models, taps, training
 from paperlib.experiment.store import Run
@@ -38,7 +39,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     data: str = Field(description="data set: glyphs100, cifar100, flowers102(-resplit) or folder:<path>")
-    image_size: int = Field(ge=8, le=1024, description="side of the images in pixels")
+    image_size: int = Field(ge=8, le=1024, description="side of the images in pixels, or words of a text")
     limit: int = Field(ge=0, description="use only this many training and test images (0: all)")
     model: str = Field(description="network: cct_<blocks>_<kernel>x<convs>")
     heads: int = Field(ge=0, description="attention heads (0: the model's own number)")
@@ -168,10 +169,16 @@ def _check_together(settings: Settings) -> None:
         if len(set(values := getattr(settings, name))) < len(values):
             raise ValueError(f"parameter {name!r}: {values} names a {one} twice")
     kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
+    is_text = settings.data in data.TEXTS
+    if is_text != settings.model.startswith("text"):
+        raise ValueError(f"parameter 'model': {settings.model} does not read {settings.data}: take another of the two")
+    if is_text and (settings.augmentation != "light" or settings.token_share < 1):
+        raise ValueError("texts are taken as they are: augmentation must be light, and token_share 1")
     with training.seeded(0):  # finds a wrong model, number of heads or tap
         for heads in (settings.heads or None, *settings.many_heads):
-            taps.cct_taps(models.cct(settings.model, 2, settings.image_size, heads=heads), kinds)
-    parse_vgg(settings.cnn, settings.image_size)
+            taps.cct_taps(_smallest(settings, heads), kinds)
+    if not is_text:
+        parse_vgg(settings.cnn, settings.image_size)
     if settings.weights == "reference":
         check_references(settings)
     if settings.prune_thresholds != sorted(set(settings.prune_thresholds)):  # the first ones are taken for the smallest
@@ -179,6 +186,13 @@ def _check_together(settings: Settings) -> None:
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
+
+
+def _smallest(settings: Settings, heads: int | None) -> nn.Module:
+    """The transformer of these settings for two labels and three words."""
+    shape = (settings.model, 2, settings.image_size)
+    text = settings.model.startswith("text")
+    return models.text_transformer(*shape, 3, heads=heads) if text else models.cct(*shape, heads=heads)
 
 
 def reference_name(settings: Settings, seed: int) -> str:
@@ -214,7 +228,11 @@ def check_batches(settings: Settings, images: int) -> None:
     needs two values."""
     steps = -(-images // settings.batch_size)
     whole = steps <= (settings.max_steps or steps)
-    if settings.image_size < 32 and (settings.batch_size == 1 or (whole and images % settings.batch_size == 1)):
+    if (
+        settings.data not in data.TEXTS
+        and settings.image_size < 32
+        and (settings.batch_size == 1 or (whole and images % settings.batch_size == 1))
+    ):
         raise ValueError(
             f"parameter 'batch_size': {settings.batch_size} leaves one of {images} training images alone in its step, "
             f"which the CNN cannot take at {settings.image_size} pixels: take another batch_size or limit"

@@ -17,19 +17,26 @@ SIZES = {
 POSITIONAL_EMBEDDINGS = ("learnable", "sine", "none")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, fused: bool = True) -> Tensor:
-    """Softmax attention of each head; q, k, v and the result are (B, H, N, d/H).
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, fused: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of each head; q, k, v and the result are (B, H, N, d/H), mask (B, N) bool: tokens that may be
+    attended to.
 
     `fused` takes PyTorch's kernel, otherwise the three products are written out; the numbers agree.
     """
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    return F.dropout(attention_map(q, k), dropout) @ v
+        keys = None if mask is None else mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
+    return F.dropout(attention_map(q, k, mask), dropout) @ v
 
 
-def attention_map(q: Tensor, k: Tensor) -> Tensor:
+def attention_map(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention weights (B, H, N, N), each row a distribution over the tokens attended to."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -49,12 +56,12 @@ class Attention(nn.Module):
         """Output of the qkv layer (B, N, 3d) -> (3, B, H, N, d/H)."""
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.split_heads(self.qkv(x))
         # On CPUs the written-out products beat the fused kernel in bf16, but for many tokens without gradients.
         many = q.shape[2] >= 256 and not torch.is_grad_enabled()
         fused = many or q.device.type != "cpu" or q.dtype != torch.bfloat16
-        heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused)
+        heads = attention(q, k, v, self.attention_dropout if self.training else 0.0, fused, mask)
         return self.proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -75,9 +82,9 @@ class EncoderBlock(nn.Module):
         self.linear2 = nn.Linear(ff_width, width)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         rate = self.drop_path if self.training else 0.0
-        x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x)), rate))
+        x = self.norm1(x + drop_path(self.self_attn(self.pre_norm(x), mask), rate))
         return x + drop_path(self.linear2(self.activation(self.linear1(x))), rate)
 
 
@@ -112,7 +119,8 @@ class Tokenizer(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """Encoders, LayerNorm, SeqPool and classifier: tokens (B, N, d) -> logits (B, labels).
+    """Encoders, LayerNorm, SeqPool and classifier: tokens (B, N, d) -> logits (B, labels). A mask (B, N) bool says
+    which tokens are there; None: all.
 
     token_share below 1 lets the encoders see, in training mode only, a random share of each image's tokens.
     """
@@ -153,19 +161,22 @@ class TransformerClassifier(nn.Module):
             tokens = tokens + self.positional_emb.to(tokens.dtype)
         return tokens
 
-    def classify(self, stream: Tensor) -> Tensor:
+    def classify(self, stream: Tensor, mask: Tensor | None = None) -> Tensor:
         """The last encoder's output (B, N, d) -> logits (B, labels), through LayerNorm, SeqPool and the classifier."""
         x = self.norm(stream)
-        weighed = self.weighed(self.attention_pool(x).softmax(dim=1) * x)  # SeqPool: a weighted mean over tokens
+        scores = self.attention_pool(x)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+        weighed = self.weighed(scores.softmax(dim=1) * x)  # SeqPool: a weighted mean over tokens
         return self.fc(weighed.sum(dim=1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         stream = self.embed(tokens)
         if self.training and self.token_share < 1:
             stream = random_tokens(stream, self.token_share)
         for block in self.blocks:
-            stream = block(stream)
-        return self.classify(stream)
+            stream = block(stream, mask)
+        return self.classify(stream, mask)
 
 
 class CCT(nn.Module):
@@ -175,6 +186,10 @@ class CCT(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.classifier = classifier
+
+    def mask(self, x: Tensor) -> None:
+        """All tokens of an image are there."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.tokenizer(x))
@@ -212,7 +227,7 @@ def cct(
     shape = (blocks, width, heads, ratio * width, tokenizer.tokens(image_size), num_classes)
     classifier = TransformerClassifier(*shape, positional_embedding, attention_dropout, stochastic_depth)
     network = CCT(tokenizer, classifier)
-    network.apply(_initialise)
+    network.apply(initialise)
     if positional_embedding == "learnable":
         nn.init.trunc_normal_(classifier.positional_emb, std=0.2)
     return network
@@ -231,7 +246,8 @@ def sine_embedding(tokens: int, width: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())[None]
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Draw the weights of one module as the reference does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
