@@ -95,7 +95,7 @@ def input_norms(network: nn.Module, names: Iterable[str], images: Tensor, mean: 
 
 def _sizes(network: nn.Module, name: str) -> Tensor:
     """|weight| of each connection (J, K), summed over a kernel's pixels."""
-    weight = network.get_submodule(name).weight.detach().abs()
+    weight = connection_weight(network.get_submodule(name)).detach().abs()
     return weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
 
 
@@ -153,14 +153,32 @@ def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
 
 def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     """Mask the named layers in place (torch.nn.utils.prune: masked weights stay zero through training); biases stay.
-    A mask (J, K) of a convolution holds for whole kernels."""
+    A mask (J, K) of a convolution holds for whole kernels. ValueError for a mask of another shape than the layer's
+    connections."""
     for name, mask in masks.items():
         module = network.get_submodule(name)
         if prune.is_pruned(module):
             prune.remove(module, "weight")
-        whole = mask.view(*mask.shape, *[1] * (module.weight.ndim - 2)).expand_as(module.weight)
-        prune.custom_from_mask(module, "weight", whole.to(module.weight.device))
+        weight = connection_weight(module)
+        if mask.shape != weight.shape[:2]:
+            shape = tuple(weight.shape[:2])
+            raise ValueError(f"{name} has connections of shape {shape}, and the mask is {tuple(mask.shape)}")
+        whole = mask.view(*mask.shape, *[1] * (weight.ndim - 2)).expand_as(weight)
+        stored = whole if weight is module.weight else whole.T
+        prune.custom_from_mask(module, "weight", stored.to(module.weight.device))
     return network
+
+
+def connection_weight(layer: nn.Module) -> Tensor:
+    """A layer's weights from its nodes K to others J, (J, K, ...), whichever way the layer stores them. ValueError for
+    what is no such layer, or connects each node to some others only (groups)."""
+    if type(layer).__name__ == "Conv1D":  # of transformers: a linear layer that is stored transposed
+        return layer.weight.T
+    if getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"{layer} has {layer.groups} groups: its nodes are not connected to all others")
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise ValueError(f"{type(layer).__name__} is no layer of connections: take a linear layer or a convolution")
+    return layer.weight
 
 
 def sets_at(threshold: float, found: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
-"""The measure for a network of one's own: any module, any batches -> how clean its nodes are, with the nulls."""
+"""The measure for a network of one's own: any module, any batches -> how clean its nodes are, whether heads share the
+labels out, and what can be pruned by shared labels, each with its nulls."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,9 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from paperlib import optimum, snp
+from paperlib import andc, heads, optimum, snp
 from paperlib.data import held_out
 from paperlib.taps import Tap, recording
+
+PERMUTATIONS = 200  # of nodes among heads
 
 
 def probe(
@@ -29,7 +33,9 @@ def probe(
 
     Columns: network, tap, accuracy (0..1, of the readout on test examples), snr and snr_rotated (of nodes, and of
     random directions that carry the same information), centred and centred_rotated (without the offset), labels
-    (recognised per node), l2 (chosen penalty). Raises ValueError, in one sentence, for what cannot be measured.
+    (recognised per node), l2 (chosen penalty), and of taps with heads excess and excess_rotated: by how many nats they
+    specialise more than permuted nodes (`heads.specialisation`). Raises ValueError, in one sentence, for what cannot be
+    measured.
     """
     train, test, rows = list(train), list(test), []
     for name, one in (("network", network), *([("null", null)] if null is not None else [])):
@@ -62,12 +68,78 @@ def _nodes(weight: Tensor, means: Tensor, tap: Tap, threshold: float) -> dict[st
     for centred, name in ((False, "snr"), (True, "centred")):
         native, *others = (one.snr for one in found[centred])
         row |= {name: native, f"{name}_rotated": sum(others) / len(others)}
-    return row | {"labels": found[False][0].labels_per_node}
+    row["labels"] = found[False][0].labels_per_node
+    for name, turn in (("excess", None), ("excess_rotated", drawn[0])) if tap.heads > 1 else ():
+        parts = (part if turn is None else snp.rotated(part, turn) for part in (weight, means))
+        diagonal = snp.diagonal_labels(snp.boolean_matrices(snp.field_matrices(*parts), threshold))
+        null = heads.permutation_null(diagonal, tap.heads, PERMUTATIONS, torch.Generator().manual_seed(0))
+        row[name] = (heads.specialisation(heads.counts_of(diagonal, tap.heads)) - null.mean()).item()
+    return row
+
+
+def prune(
+    network: nn.Module,
+    connections: Mapping[str, tuple[Tap, Tap]],
+    train: Iterable,
+    test: Iterable,
+    threshold: float = 0.3,
+    share: float = 0.1,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Prune layers by the labels that their nodes share (ANDC), and by as many connections of each control.
+
+    connections: path of a linear layer or convolution -> the taps of the nodes that it leads from and to. train, test,
+    threshold, share: as in `probe`; the last share of each label's training examples decides masks. Columns: method
+    (andc, random, permuted, magnitude, activation), dilution (0..1), accuracy of the network's own answers, loss and
+    loss_se (against the unpruned network, on the same examples), all right after pruning. ValueError as in `probe`.
+    """
+    test, sets, sizes = list(test), {}, {}
+    places = {tap.name: tap for pair in connections.values() for tap in pair}
+    known, y = features(network, list(places.values()), train)
+    kept, held = held_out(y.cpu(), share)
+    for name, activations in known.items():
+        data = optimum.problem(activations[kept], y[kept], int(y.max()) + 1)
+        best = optimum.choose(data, activations[held], y[held], log=lambda said: None).best
+        means = snp.class_means(activations[held], y[held], data.num_labels)
+        fields = snp.field_matrices(best.weight.unflatten(1, activations.shape[1:]), means)
+        sets[name] = snp.diagonal_labels(snp.boolean_matrices(fields, threshold))
+        sizes[name] = activations[held].square().mean(dim=(0, 1)).sqrt()
+    pairs = {layer: (into.name, out.name) for layer, (into, out) in connections.items()}
+    generator, intact, rows = torch.Generator().manual_seed(seed), _answers(network, test), []
+    masks = andc.andc_masks(sets, pairs)
+    norms = {layer: sizes[into] for layer, (into, _) in pairs.items()}
+    for method, chosen in {
+        "andc": masks,
+        "random": andc.random_masks(masks, generator),
+        "permuted": andc.andc_masks(andc.permuted_labels(sets, generator), pairs),
+        "magnitude": andc.magnitude_masks(masks, network),
+        "activation": andc.activation_masks(masks, network, norms),
+    }.items():
+        right = _answers(andc.apply_masks(copy.deepcopy(network), chosen), test)
+        rows.append({"method": method, "dilution": andc.dilution(chosen)} | andc.accuracy_loss("", intact, right))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _answers(network: nn.Module, batches: Iterable) -> Tensor:
+    """Which examples the network answers correctly: (n,) bool."""
+    device, right = next(network.parameters()).device, []
+    network.eval()
+    for inputs, labels in batches:
+        answer = _call(network, inputs, device)
+        answer = getattr(answer, "logits", answer)
+        if not isinstance(answer, Tensor) or answer.ndim != 2:
+            raise ValueError("a network that is pruned must answer with one number a label, (n, L), or have logits")
+        right.append(answer.argmax(dim=1) == torch.as_tensor(labels).to(device))
+    return torch.cat(right)
 
 
 @torch.no_grad()
 def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[dict[str, Tensor], Tensor]:
-    """Activations of all examples, fp32, in evaluation mode, tap name -> (n, T, D), and their labels (n,)."""
+    """Activations of all examples, fp32, in evaluation mode, tap name -> (n, T, D), and their labels (n,).
+
+    Where inputs are a dictionary with an attention_mask (n, T), as Hugging Face's, activations behind it are 0, so that
+    padding says nothing."""
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
     labels = []
@@ -78,8 +150,9 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
                 raise ValueError(f"a batch must be a pair (inputs, labels), not {type(batch).__name__}")
             inputs, own = batch
             _call(network, inputs, device)
+            mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             for name, parts in found.items():
-                parts.append(recorded[name].float().clone())
+                parts.append(_counted(recorded[name].float(), mask))
             labels.append(torch.as_tensor(own).to(device))
     if not labels:
         raise ValueError("there are no batches to measure")
@@ -89,10 +162,15 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels).long()
 
 
-def _call(network: nn.Module, inputs: Any, device: torch.device) -> None:
+def _counted(nodes: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or mask.shape != nodes.shape[:2]:
+        return nodes.clone()
+    return nodes * mask.to(nodes)[:, :, None]
+
+
+def _call(network: nn.Module, inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Mapping):
-        network(**{name: value.to(device) for name, value in inputs.items()})
-    elif isinstance(inputs, tuple | list):
-        network(*(value.to(device) for value in inputs))
-    else:
-        network(inputs.to(device))
+        return network(**{name: value.to(device) for name, value in inputs.items()})
+    if isinstance(inputs, tuple | list):
+        return network(*(value.to(device) for value in inputs))
+    return network(inputs.to(device))

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from paperlib import optimum, snp
+from paperlib import foreign, optimum, snp
 from paperlib.data import held_out
-from paperlib.probe import features, probe
+from paperlib.probe import features, probe, prune
 from paperlib.taps import Tap
 
 HIDDEN = Tap(1, "hidden", "1")
@@ -104,3 +104,67 @@ def test_batches_of_other_lengths_are_named(refuses):
 def test_a_tap_of_one_node_is_refused(refuses):
     with refuses("nothing to rotate"):
         probe(nn.Sequential(nn.Linear(12, 1), nn.ReLU()), [HIDDEN], [examples()], [examples()])
+
+
+class Attending(nn.Module):
+    """Twelve numbers as four tokens of three, one encoder of two heads, and a label of their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)])
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers[0](self.embed(x.unflatten(1, (4, 3)))).mean(dim=1))
+
+
+def test_heads_of_a_known_family_are_measured_with_their_nulls():
+    net = foreign.open_attention(Attending())
+    table = probe(net, foreign.known_taps(net), [examples()], [examples(seed=1)]).set_index("tap")
+    assert table.excess.notna().to_dict() == {"1.block": False, "1.ff1": False, "1.attn": True}
+    assert table.excess_rotated.notna()["1.attn"] and table.accuracy.between(0, 1).all()
+
+
+def test_pruning_by_shared_labels_and_its_controls():
+    """As many connections for each; the masked network is the one that is scored; the given one stays as it was."""
+    net, train, test = trained(), [examples()], [examples(seed=1)]
+    before = net[2].weight.clone()
+    taps_ = Tap(1, "hidden", "1"), Tap(2, "logits", "2")
+    table = prune(net, {"2": taps_}, train, test, threshold=0.5).set_index("method")
+    assert set(table.index) == {"andc", "random", "permuted", "magnitude", "activation"}
+    assert table.dilution.nunique() == 1 and 0.1 < table.dilution["andc"] < 0.9
+    assert torch.equal(net[2].weight, before)
+    x, y = examples(seed=1)
+    intact = (net(x).argmax(dim=1) == y).float().mean().item()
+    assert (table.accuracy + table.loss).to_numpy() == pytest.approx([intact] * 5)
+    removed = int(table.dilution["magnitude"] * before.numel() + 0.5)
+    smallest = before.abs().flatten().argsort()[:removed]
+    net[2].weight.data.view(-1)[smallest] = 0
+    assert table.accuracy["magnitude"] == pytest.approx((net(x).argmax(dim=1) == y).float().mean().item())
+
+
+def test_a_network_without_logits_is_not_pruned(refuses):
+    net = nn.Sequential(nn.Linear(12, 8), nn.Unflatten(1, (4, 2)))
+    with refuses("must answer with one number a label"):
+        prune(net, {"0": (Tap(1, "in", "0", "input"), Tap(1, "out", "0"))}, [examples()], [examples(seed=1)])
+
+
+class Words(nn.Module):
+    """Takes word numbers and their mask by name; each word says its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.embed(input_ids)
+
+
+def test_padding_of_masked_inputs_says_nothing():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = ({"input_ids": torch.tensor([[3, 4, 0], [5, 0, 0]]), "attention_mask": mask}, torch.tensor([0, 1]))
+    net = Words()
+    found, _ = features(net, [Tap(1, "words", "embed")], [batch])
+    nodes = found["1.words"]
+    assert torch.equal(nodes[mask == 1], net.embed(torch.tensor([3, 4, 5])).detach()) and not nodes[mask == 0].any()
