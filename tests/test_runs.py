@@ -217,7 +217,7 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     said = []
     store.Run("quick", other, run.images, run.stages, run.output, log=said.append).record("03", {}, [])
     assert list(json.loads((run.output / "summary.json").read_text())["results"]) == ["03"]
-    assert said == [f"{run.output / 'summary.json'}: dropped, since settings or data were others: 01, 02"]
+    assert said == ["summary.json: dropped, since settings or data were others: 01, 02"]
 
 
 def records(run, notebook):

@@ -216,7 +216,7 @@ class Run:
         if old and (old["config"] != config or old["data"]["sha256"] != self.data_sha256):
             others = ", ".join(sorted(old["results"].keys() - {notebook}))
             if others:
-                self.log(f"{path}: dropped, since settings or data were others: {others}")
+                self.log(f"{path.name}: dropped, since settings or data were others: {others}")
             old = {}
         claims = {verdict["claim"] for verdict in verdicts}
         kept = [verdict for verdict in old.get("verdicts", []) if verdict["claim"] not in claims]
