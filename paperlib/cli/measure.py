@@ -9,19 +9,18 @@ import argparse
 from collections.abc import Iterator
 
 from paperlib.cli import add_changes
-from paperlib.experiment import division, measure, networks, readings, sets, settings
+from paperlib.experiment import division, late, measure, networks, readings, sets, settings
 from paperlib.experiment.store import Run, Stage
 
-KINDS = ("trained", "random", "shuffled", "pruned", "sets")
+KINDS = ("trained", "random", "shuffled", "pruned", "sets", "late")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", metavar="PROFILE")
     parser.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its transformer")
     parser.add_argument("--seed", type=int, help="this seed only")
-    parser.add_argument(
-        "--kind", choices=KINDS, help="trained or random networks, shuffled labels, pruned readouts, sets of nodes only"
-    )
+    text = "one part only: of trained or random networks, shuffled labels, pruned readouts, sets of nodes, late layers"
+    parser.add_argument("--kind", choices=KINDS, help=text)
     add_changes(parser)
 
 
@@ -42,6 +41,11 @@ def execute(options: argparse.Namespace) -> int:
 def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
     if kind == "pruned":
         yield readings.readouts(run, seed)
+    elif kind == "late":
+        for reading in late.READINGS if heads else ():
+            yield late.pruned(run, seed, reading)
+        if heads:
+            yield late.pruned(run, seed, "FF", encoders=2)
     elif kind == "sets":
         yield sets.sets_of_nodes(run, seed)
     else:

@@ -5,6 +5,7 @@ from paperlib.data.images import BATCH as BATCH
 from paperlib.data.images import EMBEDDED as EMBEDDED
 from paperlib.data.images import PADDING as PADDING
 from paperlib.data.images import Images as Images
+from paperlib.data.images import Inputs as Inputs
 from paperlib.data.images import balanced as balanced
 from paperlib.data.images import channel_statistics as channel_statistics
 from paperlib.data.images import held_out as held_out

@@ -57,7 +57,7 @@ def augmented_batches(
     mirrored = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
     order, offsets, mirrored = (t.to(device, non_blocking=True) for t in (order, offsets, mirrored))
     pixel = torch.arange(size, device=device)
-    if images.ndim == 2:  # texts, which are taken as they are
+    if images.dtype != torch.uint8:  # not pixels: taken as they are
         yield from ((images[index], labels[index]) for index in (order[part] for part in _parts(n, batch_size, place)))
         return
     stored = images.permute(0, 2, 3, 1)

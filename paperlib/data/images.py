@@ -67,6 +67,16 @@ class Images:
         return replace(self, **tensors, held=None if self.held is None else self.held.to(device))
 
 
+@dataclass(frozen=True)
+class Inputs(Images):
+    """A data set whose x is what a network takes, in the place of images: numbers of words, or activations."""
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Nothing is normalised: mean 0, deviation 1."""
+        return torch.zeros(1), torch.ones(1)
+
+
 def limit(data: Images, images: int) -> Images:
     """The first `images` training and test images, shared evenly by the labels; 0 keeps all."""
     if not images:
@@ -114,9 +124,9 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images -> float32 with the training images' mean 0 and deviation 1 per channel. Numbers of words (int64)
-    are what a network takes as they are."""
-    return images if images.dtype == torch.int64 else (images.float() / 255 - mean) / std
+    """uint8 images -> float32 with the training images' mean 0 and deviation 1 per channel; what is not uint8
+    (`Inputs`) is taken as it is."""
+    return (images.float() / 255 - mean) / std if images.dtype == torch.uint8 else images
 
 
 def positions(images: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paperlib.data.images import PADDING, Images
+from paperlib.data.images import PADDING, Inputs
 
 UNKNOWN = 1  # a word that the training texts have less than twice; 0 is `PADDING`
 FILE = "clinc150/data_full.json"
@@ -22,15 +22,10 @@ WORD = re.compile(r"[a-z0-9']+")
 
 
 @dataclass(frozen=True)
-class Texts(Images):
+class Texts(Inputs):
     """Texts in the place of images: x is (n, T) int64, numbers of words, `PADDING` behind the last one."""
 
     words: tuple[str, ...] = ()  # word of each number from 2
-
-    @cached_property
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Numbers of words are not normalised: mean 0, deviation 1."""
-        return torch.zeros(1), torch.ones(1)
 
     @cached_property
     def pixels_sha256(self) -> str:

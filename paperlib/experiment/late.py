@@ -1,0 +1,201 @@
+"""Stages of a walk that prune late layers by the labels that their nodes share (ANDC, reading R2) and train on from
+there: the pruned encoders and what follows, while everything before stays as it is (claim C4).
+
+What the frozen part says is computed once, so that an epoch costs the encoders that train. Masks are made once, from
+held-out images, and hold through training (code: so does the group's protocol for late layers).
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from paperlib import andc, optimum, snp, taps, training
+from paperlib.data import Inputs
+from paperlib.experiment import measure
+from paperlib.experiment.networks import ARCHITECTURE, SPLIT, load_network, recipe
+from paperlib.experiment.store import Run, Stage
+from paperlib.files import save_arrays, save_table
+
+EPOCHS = (1, 3, 10)  # lengths of the training, each with a rate of its own that falls to 0
+RATE = 1e-4  # largest learning rate (choice)
+DILUTION = 0.5  # the smallest one that is looked at
+METHODS = ("unpruned", "andc", "random", "permuted", "magnitude", "activation", "removed")
+# what is pruned -> (kind of `andc.connections`, ends of its layers' paths)
+READINGS = {
+    "W1": ("ff", ("linear1",)),
+    "W2": ("ff", ("linear2",)),
+    "FF": ("ff", ("linear1", "linear2")),
+    "proj": ("attention", ("self_attn.proj",)),
+}
+
+
+def label_sets(run: Run, seed: int) -> Stage:
+    """Stage: labels that nodes of the last two encoders recognise on held-out images, by readouts at their optimum, at
+    every threshold of the pruning sweep. sets: threshold/tap -> (D, L) bool; norms: tap -> (D,), RMS of activations."""
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        images, fields, norms = run.images.to(training.best_device()), {}, {}
+        chosen, held = measure.readout_images(run)
+        y, y_held = images.y_train[chosen], images.y_train[held]
+        pictures = torch.cat([images.x_train[chosen], images.x_train[held]])
+        for place in _ends(network):
+            activations = taps.features(network, [place], pictures, *images.statistics)[place.name]
+            own, unseen = activations[: len(y)], activations[len(y) :]
+            data = optimum.problem(own, y, len(images.classes))
+            best = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}")).best
+            means = snp.class_means(unseen, y_held, len(images.classes))
+            fields[place.name] = snp.field_matrices(best.weight.unflatten(1, own.shape[1:]), means)
+            norms[place.name] = unseen.square().mean(dim=(0, 1)).sqrt()
+        save_arrays(folder / "sets.npz", andc.recognised_labels(fields, run.settings.prune_thresholds))
+        save_arrays(folder / "norms.npz", norms)
+
+    config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "held_out", "prune_thresholds")
+    config |= {"seed": seed, "images": measure.IMAGES}
+    return run.stage(f"late-label-sets-seed{seed}", config, inputs, make)
+
+
+def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
+    """Stage: the last so many encoders pruned at the smallest dilution of at least one half, and trained on.
+
+    late.csv: seed, reading (a key of `READINGS`), encoders, threshold, method (`METHODS`; removed: the branch says
+    nothing), dilution, epochs (0: right after pruning), accuracy, loss and loss_se (against the better of the unpruned
+    network as it was and trained on alike), andc_ahead and andc_ahead_se (accuracy of ANDC's network less this one's,
+    on the same images); accuracies in 0..1.
+    """
+    source = label_sets(run, seed)
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        data = _streams(run, network, encoders)
+        pairs = connections(network, reading, encoders)
+        threshold, found = _diluted(run, source, pairs)
+        norms, answers, rows = source.arrays("norms"), {}, []
+        masks = _masks(network, found, pairs, {name: norms[into] for name, (into, _) in pairs.items()}, seed)
+        for method in METHODS:
+            for epochs in (0, *EPOCHS):
+                tail = _pruned(network, masks.get(method, {}), encoders, removed=method == "removed")
+                right = _trained(run, tail, data, epochs, seed, folder / f"{method}-{epochs}.pt")
+                answers[f"{method}/{epochs}"] = right.cpu()
+            run.log(f"{reading} of {encoders}, {method}: {answers[f'{method}/{EPOCHS[-1]}'].float().mean():.1%}")
+        for method in METHODS:
+            for epochs in (0, *EPOCHS):
+                right = answers[f"{method}/{epochs}"]
+                whole = max((answers[f"unpruned/{n}"] for n in (0, epochs)), key=lambda part: part.sum())
+                ahead = answers[f"andc/{epochs}"].float() - right.float()
+                row = {"seed": seed, "reading": reading, "encoders": encoders, "threshold": threshold}
+                row |= {"method": method, "dilution": andc.dilution(masks[method]) if method in masks else 0.0}
+                row |= {"epochs": epochs} | andc.accuracy_loss("", whole, right)
+                error = (ahead.std() / len(ahead) ** 0.5).item()
+                rows.append(row | {"andc_ahead": ahead.mean().item(), "andc_ahead_se": error})
+        save_table(folder / "late.csv", rows)
+        save_arrays(folder / "answers.npz", answers)
+
+    config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "batch_size", "weight_decay", "label_smoothing")
+    config |= {"seed": seed, "reading": reading, "encoders": encoders, "epochs": EPOCHS, "rate": RATE}
+    config |= {"images": measure.IMAGES, "precision": run.settings.precision, "max_steps": run.settings.max_steps}
+    return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs | {"sets": source.sha256}, make)
+
+
+def connections(network: nn.Module, reading: str, encoders: int) -> dict[str, tuple[str, str]]:
+    """`andc.connections` of one reading in the last so many encoders."""
+    layers, ends = READINGS[reading]
+    first = len(network.classifier.blocks) - encoders
+    return {
+        name: pair
+        for name, pair in andc.connections(network, layers).items()
+        if int(name.split(".")[2]) >= first and name.split(".", 3)[3] in ends
+    }
+
+
+class Tail(nn.Module):
+    """The last encoders of a transformer and its classifier: the stream before them (B, N, d) -> logits (B, labels)."""
+
+    def __init__(self, network: nn.Module, encoders: int):
+        super().__init__()
+        self.classifier = copy.deepcopy(network.classifier).requires_grad_(True)
+        self.classifier.blocks = self.classifier.blocks[-encoders:]
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for block in self.classifier.blocks:
+            stream = block(stream)
+        return self.classifier.classify(stream)
+
+
+def _ends(network: nn.Module) -> list[taps.Tap]:
+    """Taps that the layers of all readings lead from or to."""
+    ends = {
+        end for reading in READINGS for encoders in (1, 2) for pair in connections(network, reading, encoders).values()
+        for end in pair
+    }  # fmt: skip
+    kinds = sorted({end.split(".")[1] for end in ends})
+    return [place for place in taps.places(network, kinds) if place.name in ends]
+
+
+def _streams(run: Run, network: nn.Module, encoders: int) -> Inputs:
+    """What the encoder before the pruned ones passes on, for the images of readouts and the test images."""
+    images = run.images.to(training.best_device())
+    chosen, _ = measure.readout_images(run)
+    number = len(network.classifier.blocks) - encoders
+    places = [place for place in taps.places(network, ["stem", "block"]) if place.encoder == number]
+    parts = [
+        taps.features(network, places, x, *images.statistics)[places[0].name]
+        for x in (images.x_train[chosen], images.x_test)
+    ]
+    return Inputs("streams", parts[0], images.y_train[chosen], parts[1], images.y_test, images.classes)
+
+
+def _diluted(run: Run, source: Stage, pairs: dict[str, tuple[str, str]]) -> tuple[float, dict[str, Tensor]]:
+    """The smallest threshold whose masks remove at least `DILUTION`, and the label sets there. ValueError if none."""
+    found = source.arrays("sets")
+    for threshold in run.settings.prune_thresholds:
+        sets = andc.sets_at(threshold, found, pairs)
+        if andc.dilution(andc.andc_masks(sets, pairs)) >= DILUTION:
+            return threshold, sets
+    raise ValueError(f"no threshold removes {DILUTION:.0%} of {', '.join(pairs)}: add larger prune_thresholds")
+
+
+def _masks(
+    network: nn.Module, sets: dict[str, Tensor], pairs: dict, norms: dict[str, Tensor], seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """Method -> layer -> mask, all with as many connections of each layer; removed: none."""
+    masks = andc.andc_masks(sets, pairs)
+    permuted = andc.permuted_labels(sets, training.generator(seed, "permuted labels", *pairs))
+    return {
+        "andc": masks,
+        "random": andc.random_masks(masks, training.generator(seed, "random masks", *pairs)),
+        "permuted": andc.andc_masks(permuted, pairs),
+        "magnitude": andc.magnitude_masks(masks, network),
+        "activation": andc.activation_masks(masks, network, norms),
+        "removed": {name: torch.zeros_like(mask) for name, mask in masks.items()},
+    }
+
+
+def _pruned(network: nn.Module, masks: dict[str, Tensor], encoders: int, removed: bool) -> Tail:
+    """The masked end of a network; a removed branch has no bias either."""
+    tail = Tail(network, encoders)
+    first = len(network.classifier.blocks) - encoders
+    own = {}
+    for name, mask in masks.items():
+        _, _, number, path = name.split(".", 3)
+        own[f"classifier.blocks.{int(number) - first}.{path}"] = mask
+    andc.apply_masks(tail, own)
+    if removed:
+        for name in own:
+            nn.init.zeros_(tail.get_submodule(name).bias)
+    return tail
+
+
+def _trained(run: Run, tail: Tail, data: Inputs, epochs: int, seed: int, checkpoint: Path) -> Tensor:
+    """Which test images a tail answers correctly after so many epochs of training, in place: (n_test,) bool."""
+    tail = tail.to(data.x_train.device)
+    if epochs:
+        short = replace(recipe(run), epochs=epochs, lr=RATE, warmup=0.0, optimizer="adamw", augmentation="light")
+        short = replace(short, token_share=1.0, decay="linear")
+        unscored = replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])  # scored once, below
+        training.train(tail, unscored, short, seed, checkpoint, log=lambda line: None)
+    logits = training.predict(tail, data.x_test, *data.statistics)
+    return logits.argmax(dim=1) == data.y_test
