@@ -1,4 +1,4 @@
-"""Late layers pruned and trained on: what is frozen stays, what is masked stays 0, and the whole network answers alike."""
+"""Late layers pruned and trained on: the end answers as the whole network, and what is masked stays 0."""
 
 from dataclasses import replace
 
