@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.snp import boolean_matrices, diagonal_labels
 from paperlib.taps import Tap, activations, recording
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights are connections
 MASKS = ["andc", "random", "permuted"]  # ANDC and the controls that C4 demands
 
 
@@ -153,8 +154,8 @@ def compact(network: nn.Module, nodes: dict[str, Tensor]) -> nn.Module:
 
 def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     """Mask the named layers in place (torch.nn.utils.prune: masked weights stay zero through training); biases stay.
-    A mask (J, K) of a convolution holds for whole kernels. ValueError for a mask of another shape than the layer's
-    connections."""
+    A mask (J, K) of a convolution holds for whole kernels; an earlier mask still holds. ValueError for a mask of
+    another shape than the layer's connections."""
     for name, mask in masks.items():
         module = network.get_submodule(name)
         if prune.is_pruned(module):
@@ -172,11 +173,14 @@ def apply_masks(network: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
 def connection_weight(layer: nn.Module) -> Tensor:
     """A layer's weights from its nodes K to others J, (J, K, ...), whichever way the layer stores them. ValueError for
     what is no such layer, or connects each node to some others only (groups)."""
+    own = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
+    if parametrize.is_parametrized(layer) or (own and type(layer).forward is not own.forward):
+        raise ValueError(f"{type(layer).__name__} changes its weights before it uses them: a mask would not hold")
     if type(layer).__name__ == "Conv1D":  # of transformers: a linear layer that is stored transposed
         return layer.weight.T
     if getattr(layer, "groups", 1) > 1:
         raise ValueError(f"{layer} has {layer.groups} groups: its nodes are not connected to all others")
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if own is None:
         raise ValueError(f"{type(layer).__name__} is no layer of connections: take a linear layer or a convolution")
     return layer.weight
 

@@ -42,7 +42,7 @@ def answers(folder: Path) -> dict[str, Answer]:
         if claim not in verdicts:
             found[claim] = Answer(NOT_YET)
             continue
-        table, answer = ANSWERS[claim]
+        table, answer = next(pair for pair in ANSWERS[claim] if (folder / f"{pair[0]}.csv").exists())
         found[claim] = Answer(verdicts[claim], *answer(pd.read_csv(folder / f"{table}.csv"), summary))
     return found
 
@@ -129,14 +129,72 @@ def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     return f"ranking {'yes' if rank > 0.8 else 'no'}, size {size}", number
 
 
+def _nodes(taps: pd.DataFrame, centred: bool = False) -> pd.DataFrame:
+    """SNR, accuracy and labels of a node, mean over seeds, of native nodes, and SNR of rotated ones: index (network,
+    tap, encoder)."""
+    part = taps[taps.centred == centred]
+    groups = ["network", "tap", "encoder"]
+    native = part[part.basis == "native"].groupby(groups)[["snr", "accuracy", "labels_per_node"]].mean()
+    return native.assign(rotated=part[part.basis != "native"].groupby(groups).snr.mean())
+
+
+def _ff(taps: pd.DataFrame) -> str:
+    return "ff1" if "ff1" in set(taps.tap) else "conv"
+
+
+def _single_nodes(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    found, tap = _nodes(table), _ff(table)
+    last, random = (found.loc[kind, tap].iloc[-1] for kind in ("trained", "random"))
+    number = f"SNR {last.snr:.1f}; rotated {last.rotated:.1f}, random weights {random.snr:.1f}"
+    return f"{last.labels_per_node:.0f} labels a node in the last {tap}", number
+
+
+def _growth(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    found, tap = _nodes(table), _ff(table)
+    curve, random = (found.loc[kind, tap].snr for kind in ("trained", "random"))
+    growth, last = curve.iloc[-1] - curve.iloc[0], curve.iloc[-1] - curve.iloc[-2]
+    words = f"{last / growth:.0%} of the growth in the last step" if growth > 0 else "SNR does not grow"
+    return words, f"SNR of {tap} {_ends(curve)}; random weights {_ends(random)}"
+
+
+def _readouts(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    own = table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
+    dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
+    at = own[own.threshold == dilution[dilution >= 0.5].idxmin()]
+    loss = 100 * at.groupby("method").retrained_loss.mean()
+    words = f"{100 * at.dilution.mean():.0f} % of a readout's connections removed"
+    others = f"random {loss['random']:.1f}, largest weights {loss['magnitude']:.1f}"
+    return words, f"loses {loss['andc']:.1f} points; {others}"
+
+
+def _division(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    whole = table[table.fold == -1]
+    last = whole[whole.encoder == whole.encoder.max()]
+    excess = last.groupby([last.network, last.basis.str.startswith("rotated")]).excess.mean()
+    heads = f"rotated {excess['trained', True]:.2f}, random weights {excess['random', False]:.2f}"
+    alike = excess["trained", True] > 0.8 * excess["trained", False]
+    words = "as much by rotated nodes" if alike else "by single nodes more than by rotated ones"
+    return words, f"specialisation {excess['trained', False]:.2f} nats; {heads}"
+
+
+def _foretold(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
+    own = table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
+    own = own[(own.network == "trained") & (own.basis == "native")]
+    whole = own[own["size"] == own.groupby("encoder")["size"].transform("max")]
+    errors = [100 * (whole[column] - whole.measured).abs().mean() for column in ("predicted", "size_only")]
+    words = "whole encoders, too" if errors[0] < errors[1] else "but not whole encoders"
+    return words, f"whole encoders missed by {errors[0]:.0f} points; by their size {errors[1]:.0f}"
+
+
 Reader = Callable[[pd.DataFrame, dict], tuple[str, str]]
-ANSWERS: dict[str, tuple[str, Reader]] = {
-    "C1": ("two_halves", _unified),
-    "C2": ("snr_per_encoder", _clusters),
-    "C3": ("snr_per_encoder", _sharpening),
-    "C4": ("accuracy_against_dilution", _pruning),
-    "C5": ("head_experts", _heads),
-    "C6": ("predicted_accuracies", _macroscopic),
+# claim -> tables that answer it, by version 2 of the measure where there is one, and how they are read
+ANSWERS: dict[str, list[tuple[str, Reader]]] = {
+    "C1": [("two_halves", _unified)],
+    "C2": [("along_depth", _single_nodes), ("snr_per_encoder", _clusters)],
+    "C3": [("along_depth", _growth), ("snr_per_encoder", _sharpening)],
+    "C4": [("pruned_readouts", _readouts), ("accuracy_against_dilution", _pruning)],
+    "C5": [("heads_along_depth", _division), ("head_experts", _heads)],
+    "C6": [("predicted_sets", _foretold), ("predicted_accuracies", _macroscopic)],
 }
 
 
@@ -163,6 +221,50 @@ def sharpened(taps: pd.DataFrame, threshold: float) -> str:
         f"SNR of block {moves} from {trained.iloc[0]:.2f} to {trained.iloc[-1]:.2f} while accuracy goes from "
         f"{ends[0]:.0f} to {ends[1]:.0f} %; with random weights SNR is {random.min():.2f} to {random.max():.2f}."
     )
+
+
+def measured(taps: pd.DataFrame) -> str:
+    """Of accuracy and SNR along depth, native and rotated (`figures.along_depth`)."""
+    found, tap = _nodes(taps), _ff(taps)
+    trained, random = found.loc["trained", tap], found.loc["random", tap]
+    first, last = trained.iloc[0], trained.iloc[-1]
+    moves = "rises" if last.snr > first.snr else "falls"
+    return (
+        f"SNR of {tap} {moves} from {first.snr:.1f} to {last.snr:.1f} (random weights {random.snr.iloc[-1]:.1f}) while "
+        f"accuracy goes from {100 * first.accuracy:.0f} to {100 * last.accuracy:.0f} %; rotated nodes end at "
+        f"{last.rotated:.1f}."
+    )
+
+
+def which(taps: pd.DataFrame) -> str:
+    """Of native over rotated SNR in the last encoder: does it matter which node?"""
+    found = _nodes(taps)
+    ratio = (found.snr / found.rotated).groupby(level=["network", "tap"]).last()
+    said = [f"{tap} {ratio['trained', tap]:.2f} ({ratio['random', tap]:.2f})" for tap in ratio["trained"].index]
+    return f"SNR of native over rotated nodes in the last encoder (random weights): {', '.join(said)}."
+
+
+def divided(tables: dict[str, pd.DataFrame]) -> str:
+    """Of the heads of the last encoder: `experiment.division.tables`."""
+    words, number = _division(tables["encoders"], {})
+    ablation = tables["ablation"]
+    last = ablation[(ablation.fold == -1) & (ablation.encoder == ablation.encoder.max())].groupby("owners").gap.mean()
+    return (
+        f"In the last encoder {number} ({words}). Silencing a head costs its own labels {100 * last['native']:.1f} "
+        f"points more than the others; owners by silencing itself, {100 * last['best']:.1f}."
+    )
+
+
+def removed(table: pd.DataFrame) -> str:
+    """Of readouts pruned by their own nodes' labels."""
+    words, number = _readouts(table, {})
+    return f"{words[0].upper()}{words[1:]}, by shared labels: {number}."
+
+
+def foretold(table: pd.DataFrame) -> str:
+    """Of sets of nodes that single nodes predict."""
+    _, number = _foretold(table, {})
+    return f"{number[0].upper()}{number[1:]} points."
 
 
 def thresholds(table: pd.DataFrame) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from paperlib.andc import MASKS
-from paperlib.data import EMBEDDED
 from paperlib.statistics import interval, rank_trend
+from paperlib.verdicts import word
 
 RANDOM_NETWORK = "same network, random weights"
 DRAWS = 1000
@@ -46,16 +46,8 @@ def verdict(
     row = {"claim": claim, "data": data, "statistic": statistic, "numbers": numbers}
     row |= {"effect": round(float(np.mean(effects)), 6), "uncertainty": round(float(uncertainty), 6)}
     by_seed = [[round(float(value), 6) for value in (e, *ends)] for e, ends in zip(effects, intervals, strict=True)]
-    row |= {"null": null, "n": n, "verdict": _word(met, data, n), "by_seed": by_seed}
+    row |= {"null": null, "n": n, "verdict": word(met, data, n), "by_seed": by_seed}
     return row | {"beside": beside, "notes": notes}
-
-
-def _word(met: bool, data: str, n: int) -> str:
-    if data in EMBEDDED:
-        return f"demonstration (rule {'met' if met else 'not met'}, n = {n})"
-    if n < MIN_SEEDS:
-        return f"not tested (n = {n}; rule {'met' if met else 'not met'} so far)"
-    return "supported" if met else "not supported"
 
 
 def of_claim(rows: list[dict]) -> str:
@@ -276,7 +268,7 @@ def pruning(table: pd.DataFrame, data: str) -> list[dict]:
         row |= {"statistic": f"{row['statistic']} (dilution {dilution:.2f})"}
         row |= {"effect": round(-mean, 6), "uncertainty": round(bound, 6)}
         null = ", ".join(f"{name} masks lose {loss[name].mean():.4f}" for name in sorted(MASKS[1:]))
-        row |= {"null": f"equal dilution: {null}", "n": len(loss), "verdict": _word(met, data, len(loss))}
+        row |= {"null": f"equal dilution: {null}", "n": len(loss), "verdict": word(met, data, len(loss))}
         ends = [loss.andc, loss.andc - 1.96 * error, loss.andc + 1.96 * error]
         usual = part_of_network[part_of_network.threshold == threshold].dropna(subset=f"{prefix}loss")
         usual = usual[~usual.method.isin(MASKS)]

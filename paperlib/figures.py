@@ -149,7 +149,8 @@ def which_node(halves: dict[str, pd.DataFrame], data: str) -> Figure:
                 _curve(axis, rows, "ratio", 1, line, colour)
             axis.axhline(1, color="grey", ls=":")
         axes[0, column].set_title(name)
-        axes[1, column].set(xlabel="encoder" if "CNN" not in name else "layer")
+        for axis in axes[:, column]:
+            axis.set(xlabel="encoder" if "CNN" not in name else "layer")
         for tap in dict.fromkeys(table.tap):
             axes[0, column].plot([], [], "o-", ms=4, color=TAP_COLOURS.get(tap, COLOURS[3]), label=tap)
         axes[0, column].legend(fontsize=8)
@@ -502,6 +503,113 @@ def head_specialisation(encoders: pd.DataFrame, data: str) -> Figure:
     return _stamped(figure, data, data, encoders)
 
 
+@in_style(STYLE)
+def along_depth(taps: pd.DataFrame, data: str) -> Figure:
+    """Accuracy, raw and centred SNR of each tap along the encoders (table `taps` of `experiment.measure` at one
+    threshold): trained; dotted: the same with rotated nodes; dashed: random weights."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    panels = (("accuracy", 100, False), ("snr", 1, False), ("snr", 1, True))
+    shown = [tap for tap in ("ff1", "attn", "block", "conv") if tap in set(taps.tap)]
+    for axis, (column, scale, centred) in zip(axes, panels, strict=True):
+        for tap in shown:
+            part = taps[(taps.tap == tap) & (taps.centred == centred)]
+            native, colour = part[part.basis == "native"], TAP_COLOURS.get(tap, COLOURS[3])
+            _curve(axis, native[native.network == "trained"], column, scale, "o-", colour)
+            _curve(axis, native[native.network == "random"], column, scale, "x--", colour)
+            if column == "snr":
+                rotated = part[(part.basis != "native") & (part.network == "trained")]
+                _curve(axis, rotated, column, scale, ":", colour)
+        axis.set(xlabel="encoder" if "conv" not in shown else "layer")
+    axes[0].set(ylabel="readout accuracy (%)", ylim=(0, None))
+    axes[1].set(ylabel="SNR")
+    axes[2].set(ylabel="centred SNR")
+    for tap in shown:
+        axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS.get(tap, COLOURS[3]), label=tap)
+    for line, name in (("-", "trained"), (":", "rotated nodes"), ("--", "random weights")):
+        axes[0].plot([], [], line, color="grey", label=name)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8)
+    return _stamped(figure, data, data, taps)
+
+
+@in_style(STYLE)
+def heads_along_depth(tables: dict[str, pd.DataFrame], data: str) -> Figure:
+    """Do heads divide the labels, does silencing one cost its own labels, is a head expert among them: the tables of
+    `experiment.division` along the encoders, beside their nulls."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3))
+    encoders = tables["encoders"][tables["encoders"].fold == -1]
+    rotated = encoders[encoders.basis.str.startswith("rotated") & (encoders.network == "trained")]
+    native = encoders[encoders.basis == "native"]
+    for part, line, colour, name in (
+        (native[native.network == "trained"], "o-", COLOURS[1], "heads"),
+        (rotated, ":", COLOURS[1], "rotated nodes"),
+        (native[native.network == "random"], "x--", "grey", "random weights"),
+    ):
+        _curve(left, part, "excess", 1, line, colour)
+        left.plot([], [], line, ms=4, color=colour, label=name)
+    left.set(xlabel="encoder", ylabel="specialisation above\npermuted nodes (nats)")
+    ablation = tables["ablation"][tables["ablation"].fold == -1]
+    turned = ablation[ablation.owners.str.startswith("rotated")]
+    for part, column, line, colour in (
+        (ablation[ablation.owners == "native"], "gap", "o-", COLOURS[1]),
+        (turned, "gap", ":", COLOURS[1]),
+        (ablation[ablation.owners == "best"], "gap", "^-", COLOURS[2]),
+        (ablation[ablation.owners == "native"], "chance", "--", "black"),
+    ):
+        _curve(middle, part, column, 100, line, colour)
+    middle.plot([], [], "^-", ms=4, color=COLOURS[2], label="owners by silencing itself")
+    middle.plot([], [], "--", color="black", label="owners reassigned")
+    middle.set(xlabel="encoder", ylabel="lost without the head: own\nminus other labels (points)")
+    whole = tables["cooperation"].query("whole and fold == -1")
+    for nodes, line, colour in (("head", "o-", COLOURS[1]), ("dealt", "s--", COLOURS[0])):
+        _curve(right, whole[whole.nodes == nodes], "choice", 100, line, colour)
+    right.plot([], [], "s--", ms=4, color=COLOURS[0], label="as many nodes of all heads")
+    right.set(xlabel="encoder", ylabel="own label above other\nown labels (%)")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8)
+    return _stamped(figure, data, data, encoders)
+
+
+@in_style(STYLE)
+def pruned_readouts(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy lost against the share of pruned connections of a readout (`experiment.readings`), solved anew (filled)
+    and right after pruning (open), for ANDC and every control; one panel a tap."""
+    names = {"block": "all tokens of the last encoder", "seqpool": "what the classifier reads"}
+    kinds = list(dict.fromkeys(table.tap))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.6 * len(kinds), 3), squeeze=False)
+    for axis, tap in zip(axes[0], kinds, strict=True):
+        for method in METHODS:
+            rows = table[(table.tap == tap) & (table.method == method)].groupby("threshold")
+            mean, (colour, marker) = rows.mean(numeric_only=True), METHOD_STYLES[method]
+            axis.plot(mean.dilution, 100 * mean.retrained_loss, marker + "-", ms=5, color=colour, label=method)
+            axis.plot(mean.dilution, 100 * mean.loss, marker + ":", ms=4, mfc="none", color=colour, alpha=0.6)
+        axis.axhline(0.5, color="grey", lw=0.8)
+        axis.set(xlabel="connections removed", title=names.get(tap, tap), yscale="symlog")
+    axes[0, 0].set(ylabel="accuracy lost (points)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return _stamped(figure, f"{data}, filled: solved anew; line: half a point", data, table)
+
+
+@in_style(STYLE)
+def predicted_sets(table: pd.DataFrame, data: str, tap: str = "block") -> Figure:
+    """Accuracy of random sets of a tap's nodes: predicted from single nodes against measured (left), and the errors of
+    prediction and of a curve that knows the size (right), sets of each size (`experiment.sets`)."""
+    own = table[(table.tap == tap) & (table.network == "trained") & (table.basis == "native")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
+    sizes = sorted(own["size"].unique())
+    for number, size in enumerate(sizes):
+        part, colour = own[own["size"] == size], plt.get_cmap("viridis")(number / max(1, len(sizes) - 1))
+        left.plot(100 * part.measured, 100 * part.predicted, "o", ms=3, alpha=0.6, color=colour, label=size)
+    top = 100 * own[["measured", "predicted"]].max().max()
+    left.plot([0, top], [0, top], color="grey", lw=0.8)
+    left.set(xlabel="measured accuracy (%)", ylabel="predicted from single nodes (%)")
+    left.legend(title="nodes", fontsize=7)
+    for column, line, name in (("predicted", "o-", "single nodes"), ("size_only", "s--", "their number")):
+        error = 100 * (own[column] - own.measured).abs().groupby(own["size"]).mean()
+        right.plot(range(len(error)), error, line, ms=4, label=name)
+    right.set(xlabel="nodes in a set", ylabel="mean error (points)", xticks=range(len(sizes)), xticklabels=sizes)
+    right.legend(title="predicted by", fontsize=8)
+    return _stamped(figure, f"{data}, sets of nodes of {tap}", data, own)
+
+
 def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour, x: str = "encoder") -> None:
     """Mean over seeds against the encoder, with a band of one standard deviation where there are several seeds."""
     grouped = rows.groupby(x)[column]
@@ -520,7 +628,7 @@ def plain(name: str, longest: int = 40) -> str:
 def _stamped(figure: Figure, title: str, data: str, table: pd.DataFrame | None = None) -> Figure:
     """The title, with the number of seeds in the table, and whole numbers for encoders and epochs."""
     for axis in figure.axes:
-        if axis.get_xlabel() in ("encoder", "epoch"):
+        if axis.get_xlabel() in ("encoder", "layer", "epoch"):
             axis.xaxis.get_major_locator().set_params(integer=True, nbins=8)
     title += f", n = {table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}" if table is not None else ""
     suffix = " — demonstration, not evidence" if data in EMBEDDED else ""

@@ -136,8 +136,8 @@ class OpenAttention(nn.Module):
         for one in (_additive(attn_mask, q), _additive(key_padding_mask, q, padding=True)):
             mask = one if mask is None else mask if one is None else mask + one
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and mask is None)
-        answer = self.out_proj(heads.transpose(1, 2).flatten(2))
-        return answer if self.batch_first else answer.transpose(0, 1), None
+        heads = heads.transpose(1, 2).flatten(2)  # laid out as the input is, so that a tap of it is, too
+        return self.out_proj(heads if self.batch_first else heads.transpose(0, 1)), None
 
 
 def _additive(mask: Tensor | None, q: Tensor, padding: bool = False) -> Tensor | None:
@@ -154,6 +154,8 @@ def _additive(mask: Tensor | None, q: Tensor, padding: bool = False) -> Tensor |
 def open_attention(network: nn.Module) -> nn.Module:
     """Put an `OpenAttention` in the place of every nn.MultiheadAttention, in place; answers stay what they are."""
     for module in list(network.modules()):
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # a fast path of PyTorch's own attention
         for name, child in module.named_children():
             if isinstance(child, nn.MultiheadAttention):
                 setattr(module, name, OpenAttention(child))

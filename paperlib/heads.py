@@ -18,6 +18,7 @@ from paperlib.models.cct import attention_map
 from paperlib.snp import class_means
 from paperlib.taps import Tap, recording
 
+FEW = 4  # nodes of a head in sets that are compared with rotated ones
 OWN_ORDERS = 5  # orders in which the nodes of a head join its sets
 DEALINGS = 100  # ways to deal an encoder's nodes to heads at random
 
@@ -46,12 +47,14 @@ class Assignment:
     tied: Tensor  # bool: the largest count is shared (the owner is then the first of them)
 
 
-def assign_labels(counts: Tensor) -> Assignment:
-    """Give each label to the head with the most nodes that recognise it: (H, L) -> assignment. One head owns all."""
+def assign_labels(counts: Tensor, ties: torch.Generator | None = None) -> Assignment:
+    """Give each label to the head with the most nodes that recognise it: (H, L) -> assignment. One head owns all. Ties
+    go to the first of them, or are drawn: then no head owns more for its number."""
+    drawn = counts if ties is None else counts + torch.rand(counts.shape, generator=ties) / 2
     top = counts.topk(min(2, len(counts)), dim=0).values
     second = top[1] if len(top) > 1 else torch.zeros_like(top[0])
     seen = top[0] > 0
-    return Assignment(counts.argmax(dim=0).where(seen, -1), top[0] - second, seen & (top[0] == second))
+    return Assignment(drawn.argmax(dim=0).where(seen, -1), top[0] - second, seen & (top[0] == second))
 
 
 def labels_by_owner(counts: Tensor) -> list[int]:
@@ -143,6 +146,25 @@ def own_and_other_drops(drop: Tensor, labels: Tensor, owner: Tensor) -> tuple[fl
     return tuple(_compared(*sums).tolist())
 
 
+def interactions(lost: Tensor, owner: Tensor) -> Tensor:
+    """How much more silencing a head costs a label than heads and labels do by themselves: accuracy lost (H, L), owners
+    (L,), -1 for none -> (H, K) for the labels that have an owner.
+
+    Labels that are lost easily, and heads that matter for all labels, add nothing; 0 for one head. Scaled by
+    H / (H - 1): if silencing a head costs its own labels d and the others nothing, their owners have d.
+    """
+    lost = lost[:, owner >= 0].double()
+    centred = lost - lost.mean(dim=0) - lost.mean(dim=1, keepdim=True) + lost.mean()
+    return centred * len(lost) / max(1, len(lost) - 1)
+
+
+def ablation_gap(interaction: Tensor, owner: Tensor) -> Tensor:
+    """Mean over labels of what their owners' silencing costs them beyond heads and labels: (H, K), owners (..., K) ->
+    (...); 0 without labels."""
+    own = interaction[owner, torch.arange(owner.shape[-1])]
+    return own.sum(dim=-1) / max(1, owner.shape[-1])
+
+
 def dealt_gaps(drop: Tensor, labels: Tensor, owner: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """The null of the ablation gap: own minus other labels (see `own_label_drops`) with the owners dealt to other
     labels at random: drop (H, n), labels (n,), owner (L,) -> (draws,)."""
@@ -173,7 +195,11 @@ def attention_received(network: nn.Module, images: Tensor, encoder: int) -> Tens
     with recording(network.eval(), [Tap(encoder, "qkv", f"classifier.blocks.{encoder - 1}.self_attn.qkv")]) as recorded:
         network(images)
     q, k, _ = attention.split_heads(recorded[f"{encoder}.qkv"])
-    return attention_map(q, k, network.mask(images)).mean(dim=2)
+    received, there = attention_map(q, k, network.mask(images)), network.mask(images)
+    if there is None:
+        return received.mean(dim=2)
+    share = there / there.sum(dim=1, keepdim=True)  # padding attends, too, but says nothing
+    return torch.einsum("bq,bhqk->bhk", share, received)
 
 
 @contextmanager
@@ -214,7 +240,7 @@ def sets_and_labels(recognised: Tensor, num_heads: int, generator: torch.Generat
     """Sets of nodes of heads, and of nodes that are put together at random (`groupings`, `growing_sets`), and the
     labels that each such head owns: labels that nodes recognise (D, L) bool -> (G, H, sizes, D), (G, H, L), bool."""
     order = groupings(len(recognised), num_heads, generator)
-    owner = torch.stack([assign_labels(group.sum(dim=1)).owner for group in recognised[order]])
+    owner = torch.stack([assign_labels(group.sum(dim=1), generator).owner for group in recognised[order]])
     return growing_sets(order), owner[:, None] == torch.arange(num_heads)[:, None]
 
 

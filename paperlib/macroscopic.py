@@ -61,7 +61,10 @@ def moments_and_ratio(
 
     found = moments(both(), {name: weight, "together": together})
     mean, variance = found[name]
-    return mean, variance, (found["together"][1].mean() / variance.sum(dim=0).mean()).item()
+    apart = variance.sum(dim=0).mean().item()
+    if not apart:
+        raise ValueError(f"the nodes of {name} say the same of all images of a label: there is nothing to predict")
+    return mean, variance, found["together"][1].mean().item() / apart
 
 
 def variance_factor(ratio: float, sizes: Tensor, nodes: int) -> Tensor:

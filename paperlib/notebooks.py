@@ -5,14 +5,21 @@ from pathlib import Path
 
 import nbformat
 
+from paperlib.data import TEXTS
 from paperlib.paths import root
 
+TEXT = "07_text"  # the notebook of texts; all others are of images
 START = "00_start_here"  # reads what the others have measured, so it is run last and records nothing
 
 
 def notebook_files() -> list[Path]:
     """The numbered notebooks, in the order in which a walk runs them."""
     return sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == START, path.name))
+
+
+def notebooks_of(data_name: str) -> list[Path]:
+    """The notebooks of a walk on this data set, in their order."""
+    return [path for path in notebook_files() if (path.stem == TEXT) == (data_name in TEXTS)]
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:

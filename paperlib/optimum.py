@@ -263,8 +263,8 @@ class Choice:
     """The readout whose penalty held-out images prefer, and those that show how much hinges on it."""
 
     best: Optimum
-    third: Optimum
-    triple: Optimum
+    third: Optimum | None  # None where the machine's numbers cannot settle it
+    triple: Optimum | None
     settled: Optimum  # the best one, with a gradient that is smaller by `SETTLED`
     tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
 
@@ -291,7 +291,11 @@ def choose(
         return max(tried, key=lambda l2: (tried[l2]["accuracy"], l2))
 
     for l2 in sorted(grid, reverse=True):
-        found = score(l2, found)
+        try:
+            found = score(l2, found)
+        except RuntimeError as error:
+            log(f"{l2:g} is left out: {error}")
+            continue
         highest = tried[best()]["accuracy"]
         if sum(row["accuracy"] < highest for row in tried.values() if row["l2"] < best()) == 2:
             break
@@ -317,6 +321,14 @@ def choose(
 
 
 def _around(data: Problem, l2: float, start: Optimum | None, tried: list[dict]) -> Choice:
-    triple = solve(data, 3 * l2, start)
-    best = solve(data, l2, triple)
-    return Choice(best, solve(data, l2 / 3, best), triple, solve(data, l2, best, TOLERANCE / SETTLED), tried)
+    best = solve(data, l2, start)
+    settled = solve(data, l2, best, TOLERANCE / SETTLED)
+    third, triple = (_if_solvable(data, other, best) for other in (l2 / 3, 3 * l2))
+    return Choice(best, third, triple, settled, tried)
+
+
+def _if_solvable(data: Problem, l2: float, start: Optimum) -> Optimum | None:
+    try:
+        return solve(data, l2, start)
+    except RuntimeError:  # a comparison alone is no reason to take another penalty
+        return None

@@ -71,7 +71,9 @@ def claim_table(rows: list[dict]) -> str:
     lines += [f"| {_cells(row)}{claims.BESIDE * row['beside']} |" for row in rows]
     lines += ["", "<details><summary>by seed, and notes</summary>", ""]
     for row in rows:
-        seeds = ", ".join(f"{effect:.3f} [{low:.3f}, {high:.3f}]" for effect, low, high in row["by_seed"])
+        seeds = ", ".join(
+            f"{effect:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "") for effect, *ends in row["by_seed"]
+        )
         lines.append(f"* {row['statistic']}: " + "; ".join(text for text in (seeds, row["notes"]) if text))
     return "\n".join([*lines, "", "</details>"])
 

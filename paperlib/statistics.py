@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm, t
 
 
 def rank_trend(values: np.ndarray) -> np.ndarray:
@@ -32,10 +33,12 @@ def fold_draws(values: np.ndarray, folds: np.ndarray, weights: np.ndarray) -> np
     """What statistics would be on redrawn images, to first order: values (...), the same without each fold (..., F) and
     how often each fold is drawn (R, F), summing to F -> (R, ...).
 
-    The infinitesimal jackknife: a fold's influence is F - 1 times what leaving it out changes. Statistics that share
+    The infinitesimal jackknife: a fold's influence is F - 1 times what leaving it out changes. Few folds know their own
+    spread badly, so draws are as wide as Student's t asks for (F - 1 degrees of freedom). Statistics that share
     `weights` are drawn on the same images."""
     number = folds.shape[-1]
-    influence = (number - 1) * (folds.mean(axis=-1, keepdims=True) - folds)
+    wider = (number / (number - 1)) ** 0.5 * t.ppf(0.975, number - 1) / norm.ppf(0.975)
+    influence = wider * (number - 1) * (folds.mean(axis=-1, keepdims=True) - folds)
     return values + np.moveaxis(influence @ weights.T, -1, 0) / number
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from paperlib.data import EMBEDDED
+from paperlib.heads import FEW
 from paperlib.statistics import fold_draws, fold_weights, interval, over_seeds, slope
 
 MIN_SEEDS = 3
@@ -61,6 +62,37 @@ def of_rows(rows: Iterable[Row], data: str) -> Verdict:
     status = "supported" if not failed else "in part" if met else "not supported"
     status = "not tested" if n < MIN_SEEDS else status
     return Verdict("demonstration" if data in EMBEDDED else status, n, met, failed)
+
+
+def word(met: bool, data: str, n: int) -> str:
+    """The verdict of one row, for a table."""
+    if data in EMBEDDED:
+        return f"demonstration (rule {'met' if met else 'not met'}, n = {n})"
+    if n < MIN_SEEDS:
+        return f"not tested (n = {n}; rule {'met' if met else 'not met'} so far)"
+    return "supported" if met else "not supported"
+
+
+def records(rows: Iterable[Row], data: str) -> list[dict]:
+    """Rows as summary.json keeps them and pages show them: uncertainty is half the 95 % interval, by_seed each seed's
+    effect."""
+    return [
+        {
+            "claim": row.claim,
+            "data": data,
+            "statistic": row.name,
+            "numbers": "",
+            "effect": round(row.effect, 6),
+            "uncertainty": round((row.high - row.low) / 2, 6),
+            "null": f"95 % interval {row.low:.3g} to {row.high:.3g}",
+            "n": len(row.by_seed),
+            "verdict": word(row.met, data, len(row.by_seed)),
+            "by_seed": [[round(value, 6)] for value in row.by_seed],
+            "beside": row.beside,
+            "notes": "",
+        }
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -223,17 +255,23 @@ def last_third(curve: np.ndarray) -> np.ndarray:
     return curve[..., 2 * curve.shape[-1] // 3 :]
 
 
-def by_fold(table: pd.DataFrame, column: str, error: str = "") -> Curves:
-    """A statistic from a table with seed, encoder and fold (-1: all test images, else without that fold); error: the
-    column of its standard error for other reasons than images (nodes, permutations)."""
-    points = table.pivot_table(index=["seed", "encoder"], columns="fold", values=column)
-    if not len(points) or -1 not in points:
-        raise ValueError(f"{column} is not there: measure it")
+def by_fold(table: pd.DataFrame, name: str, column: str, error: str = "") -> Curves:
+    """A statistic from a table with seed, encoder and fold (-1: all test images, else without that fold), one row each;
+    error: the column of its standard error for other reasons than images (nodes, permutations). name: what it is of;
+    other things err independently. ValueError for what is not there or not a number."""
+    whole = table[table.fold == -1]
+    if not len(whole):
+        raise ValueError(f"{column} of {name} is not there: measure it")
+    points = table.pivot(index=["seed", "encoder"], columns="fold", values=column)
+    spread = whole.pivot(index="seed", columns="encoder", values=error) if error else None
+    if points.isna().any(axis=None) or (spread is not None and spread.isna().any(axis=None)):
+        encoder = points[points.isna().any(axis=1)].index.get_level_values("encoder").min()
+        raise ValueError(f"{column} of {name} is no number in encoder {encoder}: there is nothing to judge")
     values, folds = points[-1].unstack(), points.drop(columns=-1)
     weights, draws = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0)), []  # seeds share their images
-    spread = table[table.fold == -1].pivot_table(index="seed", columns="encoder", values=error) if error else values * 0
+    spread = values * 0 if spread is None else spread
     for seed, curve in zip(values.index, values.to_numpy(), strict=True):
-        rng = np.random.default_rng([int(seed), *f"{column} {error}".encode()])
+        rng = np.random.default_rng([int(seed), *f"{name} {column} {error}".encode()])
         noise = spread.loc[seed].to_numpy() * rng.normal(size=(DRAWS, len(curve)))
         draws.append(fold_draws(curve, folds.loc[seed].to_numpy(), weights) + noise)
     return Curves(tuple(values.index), values.to_numpy(), np.stack(draws))
@@ -252,37 +290,48 @@ def modus_vivendi(
     permuted nodes, and than the random network's heads; (b) silencing a head costs its own labels more than others, and
     more than with owners randomly reassigned; (c) a head chooses among its own labels better than a head that is put
     together of the encoder's nodes at random, and owns labels like it. Beside them: is it the nodes? Native above
-    rotated ones, for (a), (b) and sets of four nodes."""
+    rotated ones, for (a), (b) and sets of `FEW` nodes: a whole head does not know a rotation, so that (c) holds for
+    rotated nodes as it does for native ones."""
 
-    def specialised(table: pd.DataFrame, basis: str, column: str = "excess") -> Curves:
-        return by_fold(table[table.basis == basis], column, "chance_error")
+    def specialised(table: pd.DataFrame, network: str, basis: str) -> Curves:
+        return by_fold(*_mean_of_draws(table, "basis", basis, "excess", "chance_error", network), "excess", "error")
 
-    def silenced(owners: str, column: str = "gap", error: str = "") -> Curves:
-        return by_fold(ablation[ablation.owners == owners].assign(above=lambda t: t.gap - t.chance), column, error)
+    def silenced(owners: str, column: str = "gap", error: str = "chance_error") -> Curves:
+        chosen = ablation.assign(above=ablation.gap - ablation.chance, nothing=0.0)
+        return by_fold(*_mean_of_draws(chosen, "owners", owners, column, error, "ablation"), column, "error")
 
-    native, turned = (specialised(trained, basis) for basis in ("native", "rotated-0"))
-    rows = [
-        row("C5", "(a) heads specialise more than permuted nodes", _lowest_late, native),
-        row("C5", "(a) more than heads of random weights", _lowest_late, native, specialised(random, "native")),
-        row("C5", "(b) silencing a head costs its own labels more than others", _lowest_late, silenced("native")),
-        row(
-            "C5",
-            "(b) more than with owners randomly reassigned",
-            _lowest_late,
-            silenced("native", "above", "chance_error"),
-        ),
-        row("C5", "(c) a head is expert among its own labels", _lowest_late, _expertise(cooperation)),
-        row("C5", "(a) native nodes specialise more than rotated ones", _lowest_late, native, turned, beside=True),
-        row(
-            "C5",
-            "(b) owners by native nodes lose more than by rotated ones",
-            _lowest_late,
-            silenced("native"),
-            silenced("rotated-0"),
-            beside=True,
-        ),
-    ]
-    return rows
+    native, turned = (specialised(trained, "trained", basis) for basis in ("native", "rotated"))
+    sets = cooperation[cooperation["size"] == FEW]
+    few = (
+        by_fold(*_mean_of_draws(sets, "nodes", nodes, "choice", "", "sets"), "choice", "error")
+        for nodes in ("head", "rotated")
+    )
+    alone, turned_alone = (silenced(owners, error="nothing") for owners in ("native", "rotated"))
+    rows = {
+        "(a) heads specialise more than permuted nodes": (native,),
+        "(a) more than heads of random weights": (native, specialised(random, "random", "native")),
+        "(b) silencing a head costs its own labels more than others": (alone,),
+        "(b) more than with owners randomly reassigned": (silenced("native", "above"),),
+        "(c) a head is expert among its own labels": (_expertise(cooperation),),
+    }
+    beside = {
+        "(a) native nodes specialise more than rotated ones": (native, turned),
+        "(b) owners by native nodes lose more than by rotated ones": (alone, turned_alone),
+        f"(c) {FEW} native nodes of a head choose better than {FEW} rotated ones": (*few,),
+    }
+    decide = [row("C5", name, _lowest_late, *of) for name, of in rows.items()]
+    return decide + [row("C5", name, _lowest_late, *of, beside=True) for name, of in beside.items()]
+
+
+def _mean_of_draws(
+    table: pd.DataFrame, by: str, start: str, column: str, error: str, name: str
+) -> tuple[pd.DataFrame, str]:
+    """Rows whose `by` begins so, as one row for each seed, encoder and fold: the mean of a column over draws
+    (rotations, orders), and as error that of the draws' mean and the column `error` together."""
+    cells = table[table[by].str.startswith(start)].groupby(["seed", "encoder", "fold"])
+    spread = cells[column].sem().fillna(0.0) ** 2 + (cells[error].mean() ** 2 if error else 0.0)
+    found = cells[column].mean().to_frame().assign(error=spread**0.5).reset_index()
+    return found, f"{name} {start}"
 
 
 def _expertise(cooperation: pd.DataFrame) -> Curves:
@@ -290,7 +339,7 @@ def _expertise(cooperation: pd.DataFrame) -> Curves:
     whole = cooperation[cooperation.whole].groupby(["nodes", "seed", "encoder", "fold"]).choice
     head, dealt, spread = whole.mean().loc["head"], whole.mean().loc["dealt"], whole.std().loc["dealt"]
     table = (head - dealt).rename("ahead").to_frame().assign(spread=spread).reset_index()
-    return by_fold(table, "ahead", "spread")
+    return by_fold(table, "heads", "ahead", "spread")
 
 
 def macroscopic(table: pd.DataFrame, tap: str, beside: bool = False) -> list[Row]:
@@ -298,7 +347,7 @@ def macroscopic(table: pd.DataFrame, tap: str, beside: bool = False) -> list[Row
     predicted and measured accuracies have a positive rank correlation; (b) the prediction errs less than a curve that
     knows the size in the same encoder; (c) so it does for all nodes of an encoder together. Intervals are over encoders
     and seeds: sets of one encoder share nodes and images."""
-    own = table[table.tap == tap]
+    own = table[(table.tap == tap) & (table.network == "trained") & (table.basis == "native")]
     small, whole = (own[(own["size"] == own.groupby("encoder")["size"].transform("max")) == part] for part in (0, 1))
     if not len(small):
         raise ValueError(f"no sets of nodes of {tap} are there: measure them")

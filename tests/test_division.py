@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paperlib import heads, macroscopic, snp, taps
+from paperlib import heads, macroscopic, snp, taps, training
 from paperlib.experiment import division, measure, networks, sets, settings
 
 CUT = {"epochs": 1, "max_steps": 30, "precision": "fp32", "seeds": [0], "limit": 2000, "held_out": 0.2}
@@ -70,42 +70,56 @@ def test_what_silencing_costs_is_counted_image_by_image(run, case):
     owners = division.specialisation(run, 0, "trained").table("owners")
     owner = owners.query(f"encoder == {ENCODER} and basis == 'native'").sort_values("label").owner.to_numpy()
     own = torch.tensor([[owner[label] == head for label in y.tolist()] for head in range(number)])
-    per_head = [
-        (lost[h][own[h]].mean() - lost[h][~own[h]].mean()) * own[h].sum() for h in range(number) if own[h].any()
-    ]
+    labels = range(len(owner))
+    cost = torch.stack([torch.stack([lost[head][y == label].mean() for label in labels]) for head in range(number)])
+    owned = [label for label in range(len(owner)) if owner[label] >= 0]
+    cost = cost[:, owned].double()
+    inter = cost - cost.mean(dim=0, keepdim=True) - cost.mean(dim=1, keepdim=True) + cost.mean()
+    gap = sum(inter[owner[label], place] for place, label in enumerate(owned)) / len(owned) * number / (number - 1)
     table = stage.table("ablation").query(f"encoder == {ENCODER} and fold == -1").set_index("owners")
-    assert table.gap["native"] == pytest.approx((sum(per_head) / own.sum()).item(), abs=1e-5)
+    assert table.gap["native"] == pytest.approx(gap.item(), abs=1e-5)
+    assert table.own_drop["native"] == pytest.approx(
+        sum(lost[h][own[h]].sum() for h in range(number)).item() / own.sum().item(), abs=1e-5
+    )
     assert set(table.index) == {"native", "best", "shuffled", *(f"rotated-{draw}" for draw in range(snp.ROTATIONS))}
     drops = stage.table("drops").query(f"encoder == {ENCODER} and head == 1 and label == 7")["drop"].item()
     assert drops == pytest.approx(lost[1][y == 7].mean().item(), abs=1e-6)
+
+
+def weight_width(case):
+    return case[2].shape[2] // case[1]
 
 
 @pytest.mark.slow
 def test_whole_heads_do_not_know_a_rotation_and_choose_as_a_loop_says(run, case):
     table = division.cooperation(run, 0).table("cooperation").query(f"encoder == {ENCODER}")
     _, number, weight, parts = case
-    whole = table[table.whole & (table.fold == -1)].groupby("nodes")[["own", "choice"]].mean()
+    assert set(table[table.fold == 3]["size"]) == {heads.FEW, weight_width(case)}
+    whole = table[table.whole & (table.fold == -1) & (table.draw == 0)].set_index("nodes")[["own", "choice"]]
     assert whole.loc["head"].to_numpy() == pytest.approx(whole.loc["rotated"].to_numpy(), abs=2e-3)
     (activations, y), recognised = parts["test"], snp.diagonal_labels(booleans(weight, *parts["held"]))
-    owner = heads.assign_labels(heads.counts_of(recognised, number)).owner
+    _, owned = heads.sets_and_labels(recognised, number, training.generator(0, "sets", TAP))
     width, chosen = weight.shape[2] // number, []
     for head in range(number):
         own = slice(head * width, (head + 1) * width)
         fields = torch.einsum("ntd,ltd->nl", activations[..., own], weight[..., own])
-        mine = (owner == head).nonzero().flatten().tolist()
+        mine = owned[0, head].nonzero().flatten().tolist()
         for label in mine:
             images = fields[y == label]
             others = [other for other in mine if other != label]
             if others:
                 chosen.append((images[:, [label]] > images[:, others]).float().mean().item())
     assert whole.choice["head"] == pytest.approx(sum(chosen) / len(chosen), abs=2e-3)
-    folds = table[table.whole & (table.nodes == "head")].groupby("fold").choice.mean()
+    folds = table[table.whole & (table.nodes == "head") & (table.draw == 0)].groupby("fold").choice.mean()
     assert len(folds) == measure.FOLDS + 1 and folds.drop(-1).mean() == pytest.approx(folds[-1], abs=2e-3)
 
 
 @pytest.mark.slow
 def test_sets_of_nodes_are_measured_and_predicted_from_what_single_nodes_say(run, case):
-    table = sets.sets_of_nodes(run, 0).table("sets").query(f"tap == 'attn' and encoder == {ENCODER}")
+    both = sets.sets_of_nodes(run, 0).table("sets").query(f"tap == 'attn' and encoder == {ENCODER}")
+    table = both[both.basis == "native"]
+    all_nodes = both[both["size"] == both["size"].max()].set_index("basis").measured
+    assert all_nodes["rotated"] == pytest.approx(all_nodes["native"], abs=2e-3)  # together, they say the same
     _, _, weight, parts = case
     (activations, y), whole = parts["test"], table[table["size"] == weight.shape[2]]
     right = torch.einsum("ntd,ltd->nl", activations, weight).argmax(dim=1) == y

@@ -316,3 +316,27 @@ def test_attention_received_is_the_mean_over_queries(network):
         q, k = (qkv[..., 128 * part + 64 * head :][..., :64] for part in range(2))
         weights = torch.softmax(q @ k.transpose(1, 2) / 8, dim=2)
         torch.testing.assert_close(received[:, head], weights.mean(dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_gap_is_blind_to_hard_labels_and_to_important_heads():
+    """Heads that cost every label alike, labels that every head's silencing costs alike, whoever owns them."""
+    generator = torch.Generator().manual_seed(0)
+    heads_alone, labels_alone = torch.rand(4, 1, generator=generator), torch.rand(1, 12, generator=generator)
+    owner = torch.randint(0, 4, (12,), generator=generator)
+    for owners in (owner, torch.zeros(12, dtype=torch.long), owner.where(labels_alone[0] > 0.5, -1)):
+        found = heads.interactions(heads_alone + labels_alone, owners)
+        assert heads.ablation_gap(found, owners[owners >= 0]).abs() < 1e-7
+    own = torch.arange(12) % 4
+    lost = torch.nn.functional.one_hot(own, 4).T * 0.3 + heads_alone + labels_alone
+    assert heads.ablation_gap(heads.interactions(lost, own), own).item() == pytest.approx(0.3)
+    nobody = torch.full((12,), -1)
+    assert heads.ablation_gap(heads.interactions(lost, nobody), nobody[:0]) == 0
+
+
+def test_ties_are_drawn_and_nothing_else():
+    counts = torch.tensor([[2, 5, 0, 3], [2, 4, 0, 3]]).repeat(1, 200)
+    drawn = heads.assign_labels(counts, torch.Generator().manual_seed(0))
+    first = heads.assign_labels(counts)
+    clear = ~first.tied
+    assert torch.equal(drawn.owner[clear], first.owner[clear]) and torch.equal(drawn.tied, first.tied)
+    assert 0.4 < drawn.owner[first.tied].float().mean() < 0.6

@@ -205,6 +205,26 @@ def test_the_edge_of_a_grid_is_not_believed(grid):
     assert len(scores) > 2 and scores[0] <= max(scores[1:]) and scores[-1] <= max(scores[:-1])
 
 
+def test_a_penalty_that_cannot_be_settled_is_left_out(monkeypatch):
+    data, x, y = held_out_case()
+    solve, said = optimum.solve, []
+
+    def stubborn(data, l2, *rest):
+        if l2 in failing:
+            raise RuntimeError("noise")
+        return solve(data, l2, *rest)
+
+    monkeypatch.setattr(optimum, "solve", stubborn)
+    grid, failing = [10.0, 1.0, 0.1, 0.01], set()
+    best = optimum.choose(data, x, y, grid, said.append).best.l2
+    failing = {best}
+    assert optimum.choose(data, x, y, grid, said.append).best.l2 != best
+    assert any(f"{best:g} is left out" in line for line in said)
+    failing = {best / 3}  # only beside it
+    choice = optimum.choose(data, x, y, grid, said.append)
+    assert choice.best.l2 == best and choice.third is None and choice.triple.l2 == 3 * best
+
+
 def test_images_that_every_penalty_answers_end_the_search():
     """No penalty is small enough to be worse, and the smallest ones fp32 cannot solve."""
     y = torch.arange(80) % 4

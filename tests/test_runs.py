@@ -149,11 +149,11 @@ def test_a_checkpoint_stays_until_the_stage_counts_as_done(run, monkeypatch):
         (folder / "checkpoint.pt").write_bytes(b"all epochs")
         files.save_table(folder / "table.csv", [{"value": 1}])
 
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(provenance, "revision", interrupted)
+        patch.setattr(provenance, "environment", interrupted)
         run.stage("s", {}, {}, make)
     assert list(run.stages.rglob("checkpoint.pt"))
     assert not list(fresh(run).stage("s", {}, {}, make).folder.glob("*.pt"))
@@ -297,6 +297,65 @@ def test_stages_are_recomputed_on_request(run, edited, refuses):
     }  # fmt: skip
     with refuses("no finished stage is called snt: there are heads-seed0, snr-seed0, snr-seed1"):
         run.recompute(["snt"])
+
+
+def test_recomputing_forgets_no_other_settings(run):
+    """Hours of another run, and what it would take from here."""
+    calls = []
+    run.stage("s", {"epochs": 1}, {}, writer(calls))
+    other = run.settings.model_copy(update={"threshold": 0.4})
+    theirs = store.Run("quick", other, run.images, run.stages, run.output, log=run.said.append)
+    theirs.recompute(["s"])
+    fresh(run).stage("s", {"epochs": 1}, {}, writer(calls))
+    assert len(calls) == 1
+    theirs.stage("s", {"epochs": 1}, {}, writer(calls))
+    assert len(calls) == 2
+    theirs.finished.clear()
+    theirs.stage("s", {"epochs": 1}, {}, writer(calls))
+    assert len(calls) == 2  # once is enough
+
+
+def test_code_that_changes_while_a_stage_computes_did_not_compute_it(run, edited):
+    def make(folder):
+        files.save_table(folder / "table.csv", [{"value": 1}])
+        edited("snp")
+
+    make.__module__ = "paperlib.snp"
+    run.stage("s", {}, {}, make)
+    assert fresh(run).stage("s", {}, {}, of_the_package([])).outdated == ("snp",)
+
+
+def test_what_is_resumed_is_of_the_code_that_began_it(run, edited):
+    """A checkpoint of other code is in the result; one that is recomputed begins anew."""
+
+    def make(folder):
+        if not (folder / "checkpoint.pt").exists():
+            (folder / "checkpoint.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+        files.save_table(folder / "table.csv", [{"value": 1}])
+
+    make.__module__ = "paperlib.snp"
+    for outdated in (("snp",), ()):
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("s", {}, {}, make)
+        edited("snp")
+        assert fresh(run).stage("s", {}, {}, make).outdated == outdated
+        fresh(run).recompute(["s"])
+
+
+def test_what_reads_an_outdated_stage_is_outdated(run, edited):
+    first = run.stage("readouts", {}, {}, of_the_package([]))
+    edited("snp")
+    first = fresh(run).stage("readouts", {}, {}, of_the_package([]))
+    assert run.stage("nodes", {}, {"readouts": first.sha256}, writer([])).outdated == ("snp",)
+    assert run.stage("others", {}, {"data": "x"}, writer([])).outdated == ()
+
+
+def test_code_that_nobody_recorded_is_not_known(run):
+    stage = run.stage("s", {}, {}, writer([]))
+    files.write_json(stage.folder / "stage.json", {k: v for k, v in stage.manifest.items() if k != "code"})
+    assert fresh(run).stage("s", {}, {}, writer([])).outdated is None
+    assert stages_of(run)["s"]["changed_since"] is None
 
 
 def test_a_committed_stage_is_recomputed_beside_it(run, tmp_path):

@@ -117,6 +117,21 @@ def test_silencing_a_head_is_cutting_its_columns(network):
         assert torch.allclose(network(x), logits[1, 1], atol=1e-5)
 
 
+def test_padding_has_no_share_in_attention_received(network):
+    """Neither as what is attended to, nor as what attends."""
+    x = torch.tensor([[3, 4, 5, 0, 0, 0], [7, 2, 9, 9, 9, 0]])
+    before = heads.attention_received(network, x, 1)
+    assert not before[0, :, 3:].any() and torch.allclose(before.sum(dim=2), torch.ones(2, 2))
+    with torch.no_grad():
+        network.tokenizer.weight[0] += 5
+    assert torch.allclose(heads.attention_received(network, x, 1), before, atol=1e-6)
+
+
+def test_a_mean_over_padding_is_refused(network, refuses):
+    with refuses("pooled: of texts, the mean over positions is one over padding"):
+        taps.features(network, taps.places(network, ["pooled"]), torch.ones(2, 6).long(), None, None)
+
+
 @pytest.mark.slow
 def test_a_text_network_learns_and_its_nodes_are_measured(corpus, monkeypatch):
     monkeypatch.setattr(measure, "ONCE", ())
@@ -134,7 +149,7 @@ def test_a_text_network_learns_and_its_nodes_are_measured(corpus, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "clinc150-cpu"], "texts have no notebooks yet"),
+        (["run", "clinc150-cpu", "--only", "02"], "there is no notebook '02': use one of 07"),
         (["measure", "clinc150-cpu", "--set", "model=cct_2_3x2"], "cct_2_3x2 does not read clinc150"),
         (["measure", "quick", "--set", "model=text_2x32"], "text_2x32 does not read glyphs100"),
         (["measure", "clinc150-cpu", "--set", "augmentation=mixed"], "augmentation must be light"),

@@ -169,7 +169,7 @@ def ff_nodes_are_right(case: Case) -> None:
 
 
 def heads_are_right(case: Case) -> None:
-    """What heads add to the layer that they lead into adds up to its output."""
+    """What heads add to the layer that they lead into adds up to its output; one example's heads know no other's."""
     module = case.network.get_submodule(case.attn.module)
     found = recorded(case, case.attn, replace(case.attn, kind="after", side="output", heads=0))
     before, after = (found[f"{case.attn.encoder}.{kind}"] for kind in ("attn", "after"))
@@ -177,6 +177,22 @@ def heads_are_right(case: Case) -> None:
     split = (part.unflatten(-1, (case.attn.heads, -1)) for part in (before, weight))
     summed = torch.einsum("nthk,jhk->ntj", *split)
     assert torch.allclose(summed + module.bias, after, atol=1e-4)
+    other = replace(case, inputs=with_another_second(case))
+    changed = recorded(other, case.attn)[case.attn.name] != before
+    assert not changed[0].any() and changed[1].any() and len(before) == 2
+
+
+def with_another_second(case: Case):
+    """The same inputs with another second example."""
+
+    def changed(x: Tensor) -> Tensor:
+        x = x.clone()
+        x.select(case.batch_axis, 1).copy_(x.select(case.batch_axis, 1).flip(0))
+        return x
+
+    if isinstance(case.inputs, dict):
+        return case.inputs | {"input_ids": changed(case.inputs["input_ids"])}
+    return changed(case.inputs)
 
 
 def silencing_is_right(case: Case) -> None:
@@ -193,10 +209,9 @@ def silencing_is_right(case: Case) -> None:
 
 
 def pruning_is_right(case: Case) -> None:
-    """As if the masked connections were 0, however the layer stores them; a later mask replaces an earlier one."""
+    """As if the masked connections were 0, however the layer stores them."""
     weight = andc.connection_weight(case.network.get_submodule(case.pruned)).data.clone()
     mask = torch.rand(weight.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.5
-    andc.apply_masks(case.network, {case.pruned: torch.ones_like(mask)})
     andc.apply_masks(case.network, {case.pruned: mask})
     masked = andc.connection_weight(case.network.get_submodule(case.pruned))
     assert torch.equal(masked, weight * mask.view(*mask.shape, *[1] * (weight.ndim - 2)))
@@ -248,6 +263,27 @@ def test_attention_that_was_opened_answers_as_before():
         ):
             expected, _ = attention(x, x, x, need_weights=False, **masks)
             assert torch.allclose(opened(x, x, x, **masks)[0], expected, atol=1e-5), masks.keys()
+
+
+def test_an_opened_encoder_takes_a_mask_of_padding():
+    """PyTorch's own fast path for it would ask for what is no longer there."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    network = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = network(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        found = foreign.open_attention(network)(x, src_key_padding_mask=padding)
+    assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1, :3], expected[1, :3], atol=1e-5)
+
+
+def test_layers_that_change_their_weights_are_refused(refuses):
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+    for layer in (Standardised(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))):
+        with refuses("changes its weights before it uses them"):
+            andc.connection_weight(layer)
 
 
 def test_heads_of_attention_that_is_not_opened_do_not_show():

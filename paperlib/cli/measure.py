@@ -47,7 +47,8 @@ def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
         if heads:
             yield late.pruned(run, seed, "FF", encoders=2)
     elif kind == "sets":
-        yield sets.sets_of_nodes(run, seed)
+        for which in ("trained", "random"):
+            yield sets.sets_of_nodes(run, seed, which)
     else:
         yield measure.nodes(run, seed, kind)
         if heads:

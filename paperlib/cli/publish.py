@@ -24,7 +24,8 @@ from paperlib.experiment.store import LARGE
 from paperlib.files import read_json, whole, write_text
 from paperlib.paths import folder_of, root
 
-SHOWN = "cifar100-cpu"  # the profile whose outputs the notebooks show
+SHOWN = "cifar100-cpu"  # the profile whose outputs README and the notebooks of images show
+SHOWN_TEXT = "clinc150-cpu"  # and that of the notebook of texts
 FIGURES = (".png", ".pdf", ".svg", ".csv", ".json")
 
 
@@ -56,14 +57,15 @@ def publish_results(profile: str, figures_only: bool) -> None:
         raise ValueError(f"{profile} trains networks of its own: only results of committed networks are published")
     if summary["config"] != settings.load_settings(profile).model_dump():
         raise ValueError("the run had other settings than the profile has now: run it again")
-    executed = _executed(profile, run / "walk", summary) if profile == SHOWN else {}
+    executed = _executed(profile, run / "walk", summary) if profile in (SHOWN, SHOWN_TEXT) else {}
     for path in sorted((run / "walk").iterdir()):
         if path.suffix in FIGURES:
             figures.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, figures)
     if not figures_only:
         kept = figures / "stages"
-        complete = summary["results"].keys() >= {path.stem for path in notebooks.notebook_files()} - {notebooks.START}
+        measuring = {path.stem for path in notebooks.notebooks_of(summary["data"]["name"])} - {notebooks.START}
+        complete = summary["results"].keys() >= measuring
         others = {} if complete else finished_stages(kept)  # a run of some notebooks does not know theirs
         store_stages(others | {name: stage["key"] for name, stage in summary["stages"].items()}, run / "stages", kept)
     if profile == SHOWN:

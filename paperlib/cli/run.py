@@ -23,7 +23,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from paperlib import data, files, notebooks, provenance
+from paperlib import files, notebooks, provenance
 from paperlib.cli import add_changes, report
 from paperlib.experiment import networks, settings
 from paperlib.experiment.store import Run
@@ -51,10 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     changes = settings.changes_of(options.set)
-    chosen = _chosen(options.start, options.only)
+    named = settings.load_settings(options.profile, changes)
+    chosen = _chosen(options.start, options.only, notebooks.notebooks_of(named.data))
     run = settings.open_run(options.profile, changes)  # the data too, before a notebook starts
-    if run.settings.data in data.TEXTS:
-        raise ValueError(f"texts have no notebooks yet: python -m paperlib measure {options.profile} measures them")
     if any(path.stem.startswith("05") for path in chosen):
         networks.cnn_half(run)
     if options.recompute:
@@ -83,9 +82,9 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(start: str | None, only: str | None) -> list[Path]:
-    """The notebooks to run, in order; raises ValueError for a number that no notebook has."""
-    by_number = {path.name[:2]: path for path in notebooks.notebook_files()}
+def _chosen(start: str | None, only: str | None, files: list[Path]) -> list[Path]:
+    """Those of some notebooks that are to be run, in order; raises ValueError for a number that none of them has."""
+    by_number = {path.name[:2]: path for path in files}
     named = [] if only is None else [number.strip() for number in only.split(",")]
     for number in [*named, *([] if start is None else [start])]:
         if not number or number.zfill(2) not in by_number:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 BATCH = 64  # images in a forward pass that only measures: more gain nothing on CPUs (docs/speed.md)
 PADDING = 0  # the number of no word, behind the last word of a text
-EMBEDDED = ("glyphs100",)  # drawn by the package: results on them are a demonstration, not evidence
+EMBEDDED = ("glyphs100", "phrases20")  # made by the package: results on them are a demonstration, not evidence
 
 
 @dataclass(frozen=True)

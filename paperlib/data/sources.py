@@ -13,17 +13,18 @@ from paperlib import files
 from paperlib.data import glyphs
 from paperlib.data.folder import check_memory, load_folder, square
 from paperlib.data.images import Images
-from paperlib.data.text import load_clinc150
+from paperlib.data.text import load_clinc150, phrases
 
-NAMES = ("glyphs100", "cifar100", "flowers102", "flowers102-resplit", "clinc150", "folder:<path>")
+NAMES = ("glyphs100", "cifar100", "flowers102", "flowers102-resplit", "clinc150", "phrases20", "folder:<path>")
 
-TEXTS = ("clinc150",)
+TEXTS = ("clinc150", "phrases20")
 
 SPLITS = {
     "glyphs100": "drawn by the package; test characters in other fonts",
     "cifar100": "official: 500 training and 100 test images a label",
     "flowers102": "official: 20 training images a label (training and validation split together), the rest tests",
     "clinc150": "official: 100 training, 20 validation and 30 test texts a label, out-of-scope texts left out",
+    "phrases20": "made by the package",
     "flowers102-resplit": "not the official one: all images in a random order, 6,552 train, 819 test, 818 are left out",
 }
 
@@ -46,6 +47,8 @@ def load(name: str, root: str | Path | None = None, image_size: int | None = Non
     if name == "flowers102":
         cache = root / f"flowers102-{image_size or 224}.npz"
         return _cached(name, cache, lambda: _flowers102(root, image_size or 224))
+    if name == "phrases20":
+        return phrases(image_size or 12)
     if name == "clinc150":
         return load_clinc150(root, image_size or 28)
     if name == "flowers102-resplit":

@@ -1,6 +1,7 @@
 """A data set of short texts, as numbers of words: CLINC150 (Larson et al. 2019), 150 intents of what users say."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,28 @@ def load_clinc150(root: Path, length: int) -> Texts:
         arrays.append(numbered((text for text, _ in pairs), words, length))
         arrays.append(torch.tensor([classes.index(label) for _, label in pairs]))
     return Texts("clinc150", *arrays, classes, words=words)
+
+
+def phrases(length: int) -> Texts:
+    """Texts that the package makes up, for a demonstration: a label is what is done (4) with what (5). A text names
+    both, each by one of three words, among common ones; every tenth names something else instead. 60 training and 20
+    test texts a label."""
+    random = np.random.default_rng(0)
+    common = [f"word{number}" for number in range(40)]
+    names = [*(f"do{number}" for number in range(4)), *(f"thing{number}" for number in range(5))]
+    named = [[name + part for part in "xyz"] for name in names]
+    texts, labels = [], []
+    for _, label in itertools.product(range(80), range(20)):
+        both = [label // 5, 4 + label % 5]
+        if random.random() < 0.1:
+            both[random.integers(2)] = random.integers(9)
+        said = [*random.choice(common, random.integers(3, 8)), *(random.choice(named[one]) for one in both)]
+        texts.append(" ".join(random.permutation(said)))
+        labels.append(label)
+    words = (*common, *itertools.chain(*named))
+    x, y = numbered(texts, words, length), torch.tensor(labels)
+    classes = tuple(f"do {label // 5} with thing {label % 5}" for label in range(20))
+    return Texts("phrases20", x[:1200], y[:1200], x[1200:], y[1200:], classes, words=words)
 
 
 def numbered(texts: Iterable[str], words: tuple[str, ...], length: int) -> Tensor:

@@ -25,12 +25,25 @@ from paperlib.taps import Tap
 WHOLE = -1  # the fold of what is scored on all test images
 
 
+def tables(run: Run) -> dict[str, pd.DataFrame]:
+    """The tables of `specialisation` (trained, random and, for the first seed, shuffled labels: encoders, owners,
+    heads), of `ablation` (ablation, drops) and of `cooperation` of the trained networks, all seeds."""
+    seeds, found = run.settings.seeds, {}
+    kinds = [(seed, kind) for kind in ("trained", "random") for seed in seeds] + [(seeds[0], "shuffled")]
+    for name in ("encoders", "owners", "heads"):
+        found[name] = pd.concat([specialisation(run, *part).table(name) for part in kinds], ignore_index=True)
+    for name in ("ablation", "drops"):
+        found[name] = pd.concat([ablation(run, seed).table(name) for seed in seeds], ignore_index=True)
+    found["cooperation"] = pd.concat([cooperation(run, seed).table("cooperation") for seed in seeds], ignore_index=True)
+    return found
+
+
 def specialisation(run: Run, seed: int, kind: str) -> Stage:
     """Stage: how far the nodes of each head recognise labels that others' do not. kind as in `measure.readouts`.
 
-    encoders.csv: seed, network, encoder, basis (native, rotated-0, ..), fold (native and rotated-0; -1: all test
-    images), specialisation, chance and chance_error (mean and deviation over permutations of nodes), excess (nats),
-    share (of the largest possible, ln H). owners.csv: seed, network, encoder, basis, label, owner (by held-out images,
+    encoders.csv: seed, network, encoder, basis (native, rotated-0, ..), fold (-1: all test images), specialisation,
+    chance and chance_error (mean and deviation over permutations of nodes), excess (nats), share (of the largest
+    possible, ln H). owners.csv: seed, network, encoder, basis, label, owner (by held-out images,
     -1: none), count (its nodes that recognise the label), tied. heads.csv: whole heads as if each were one node: seed,
     network, encoder, head, centred, `snp.NodeStatistics`, owned (labels).
     """
@@ -50,9 +63,10 @@ def specialisation(run: Run, seed: int, kind: str) -> Stage:
             by_fold, images_of = sums.pop(name).cpu(), counts.cpu()
             for basis, rotation in _bases(seed, place, weights[name].shape[2]):
                 weight, held = (_rotated(part, rotation) for part in (weights[name], means[f"held/{name}"]))
-                found = _owners(snp.field_matrices(weight, held), place.heads, s.threshold)
+                ties = training.generator(seed, "ties", name, basis)
+                found = _owners(snp.field_matrices(weight, held), place.heads, s.threshold, ties)
                 owners.append(found.assign(**row, basis=basis))
-                for fold in (WHOLE, *range(measure.FOLDS * (basis in ("native", "rotated-0")))):
+                for fold in range(WHOLE, measure.FOLDS):
                     kept = [number for number in range(measure.FOLDS) if number != fold]
                     mean = snp.means_of(by_fold[kept].sum(dim=0), images_of[kept].sum(dim=0))
                     fields = snp.field_matrices(weight, _rotated(mean, rotation))
@@ -79,8 +93,10 @@ def ablation(run: Run, seed: int) -> Stage:
     """Stage: what silencing each head of the trained network costs the labels that it owns, and the others.
 
     ablation.csv: seed, encoder, owners (native, rotated-0, ..; best: by what silencing costs on held-out images;
-    shuffled: of readouts of randomly reassigned labels, first seed), fold (-1: all test images), own_drop, other_drop,
-    gap (all in -1..1), chance and chance_error (mean and deviation of the gap with owners randomly reassigned).
+    shuffled: of readouts of randomly reassigned labels, first seed), fold (-1: all test images), own_drop, other_drop
+    (accuracy lost on own and other labels), gap (`heads.ablation_gap`: own labels beyond what heads and labels do by
+    themselves; all in -1..1), chance and chance_error (mean and deviation of the gap with owners randomly reassigned
+    among the labels that have one).
     drops.csv: seed, encoder, head, label, drop (accuracy lost on that label's test images). answers.npz: intact and
     held/intact (n,), ablated and held/ablated (E, H, n), bool.
     """
@@ -102,15 +118,20 @@ def ablation(run: Run, seed: int) -> Stage:
             part = pd.DataFrame(by_label.numpy()).rename_axis("label").reset_index()
             drops.append(part.melt("label", var_name="head", value_name="drop").assign(**row))
             unseen = answers["held/intact"].int() - answers["held/ablated"][encoder - 1].int()
-            best = heads.mean_by_label(unseen.T.float(), y_held, len(run.images.classes)).argmax(dim=1)
+            cost = heads.mean_by_label(unseen.T.float(), y_held, len(run.images.classes)).T
+            best = heads.interactions(cost, torch.zeros(cost.shape[1], dtype=torch.long)).argmax(dim=0)
             for name, owner in (*_owners_of(sources, encoder, len(best)), ("best", best)):
                 generator = training.generator(seed, "reassigned owners", encoder, name)
-                dealt = heads.dealt_gaps(lost, y, owner, run.settings.permutations, generator)
-                chance = {"chance": dealt.mean().item(), "chance_error": dealt.std().item()}
+                own = owner[owner >= 0]
+                order = torch.rand(run.settings.permutations, len(own), generator=generator).argsort(dim=1)
+                dealt = heads.ablation_gap(heads.interactions(by_label.T, owner), own[order])
+                chance = {"chance": dealt.mean().item(), "chance_error": dealt.std(correction=0).item()}
                 for fold in range(WHOLE, measure.FOLDS):
                     kept = measure.fold_of(y) != fold
                     mine, other = heads.own_and_other_drops(lost[:, kept], y[kept], owner)
-                    said = {"own_drop": mine, "other_drop": other, "gap": mine - other}
+                    part = heads.mean_by_label(lost[:, kept].T.float(), y[kept], len(run.images.classes))
+                    gap = heads.ablation_gap(heads.interactions(part.T, owner), own).item()
+                    said = {"own_drop": mine, "other_drop": other, "gap": gap}
                     rows.append(row | {"owners": name, "fold": fold} | said | chance)
         save_table(folder / "ablation.csv", rows)
         save_table(folder / "drops.csv", pd.concat(drops))
@@ -126,9 +147,10 @@ def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
     put together at random and own labels by the same count, and against as many rotated nodes of the head.
 
     cooperation.csv: seed, network, encoder, nodes (head, dealt, rotated), draw, fold (-1: all test images; others for
-    whole heads only), size, whole (all nodes of a head; with more, all of the encoder), and the columns of
-    `heads.cooperation_table`: `choice`, the share of the owner's other labels that get a smaller field than the image's
-    own, is what says that a head is expert: 0.5 by chance, and blind to a shift of all answers towards its labels.
+    whole heads and sets of `heads.FEW` only), size, whole (all nodes of a head; with more, all of the encoder), and the
+    columns of `heads.cooperation_table`: `choice`, the share of the owner's other labels that get a smaller field than
+    the image's own, is what says that a head is expert: 0.5 by chance, and blind to a shift of all answers towards its
+    labels.
     """
     source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
     network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
@@ -152,7 +174,8 @@ def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
             for left_out in range(WHOLE, measure.FOLDS):
                 kept = [part for number, part in enumerate(measured) if number != left_out]
                 for table in _cooperating(sets, own, kept, place.heads):
-                    table = table if left_out == WHOLE else table[table.whole]
+                    judged = table.whole | ((table["size"] == heads.FEW) & (table.nodes != "dealt"))
+                    table = table if left_out == WHOLE else table[judged]
                     parts.append(table.assign(**row, fold=left_out))
         save_table(folder / "cooperation.csv", pd.concat(parts))
 
@@ -178,10 +201,10 @@ def _rotated(values: Tensor, rotation: Tensor | None) -> Tensor:
     return values if rotation is None else snp.rotated(values, rotation)
 
 
-def _owners(fields: Tensor, num_heads: int, threshold: float) -> pd.DataFrame:
+def _owners(fields: Tensor, num_heads: int, threshold: float, ties: torch.Generator) -> pd.DataFrame:
     """label, owner, count, tied: which head has most nodes that recognise a label."""
     counts = heads.cooperation_counts(snp.boolean_matrices(fields, threshold), num_heads)
-    owned = heads.assign_labels(counts)
+    owned = heads.assign_labels(counts, ties)
     columns = {"owner": owned.owner, "count": counts.amax(dim=0), "tied": owned.tied}
     return pd.DataFrame({"label": range(counts.shape[1])} | {name: part.numpy() for name, part in columns.items()})
 
@@ -198,7 +221,7 @@ def _specialised(
         "chance": null.mean().item(),
         "chance_error": null.std().item(),
         "excess": excess,
-        "share": excess / math.log(num_heads),
+        "share": excess / math.log(num_heads) if num_heads > 1 else math.nan,
     }
 
 

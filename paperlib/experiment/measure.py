@@ -57,6 +57,18 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
     return run.stage(f"readouts-at-optimum-{kind}-seed{seed}", config, inputs, make)
 
 
+def tables(run: Run, kinds: tuple[str, ...] = ("trained", "random")) -> dict[str, pd.DataFrame]:
+    """The tables of `nodes` (taps, folds, variants) and of `readouts`, of all seeds and these kinds of networks, and of
+    shuffled labels for the first seed."""
+    first = run.settings.seeds[0]
+    parts = [(seed, kind) for seed in run.settings.seeds for kind in kinds] + [(first, "shuffled")]
+    found = {
+        name: pd.concat([nodes(run, *part).table(name) for part in parts]) for name in ("taps", "folds", "variants")
+    }
+    found["readouts"] = pd.concat([readouts(run, *part).table("readouts") for part in parts])
+    return {name: table.reset_index(drop=True) for name, table in found.items()}
+
+
 def nodes(run: Run, seed: int, kind: str) -> Stage:
     """Stage: what the readouts of one network say of its nodes, at every threshold of the sweep and the main one.
 
@@ -95,7 +107,7 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
                 found, _ = _of_tap(best[name], without, drawn[:1], thresholds)
                 accuracy = correct[name][fold != left_out].float().mean().item()
                 folds.append(found.assign(**row, accuracy=accuracy, fold=left_out))
-            for variant in VARIANTS:
+            for variant in (variant for variant in VARIANTS if f"{name}/{variant}" in weights):
                 fields = snp.field_matrices(weights[f"{name}/{variant}"], means[name])
                 for at in thresholds:
                     both = (snp.boolean_matrices(part, at) for part in (fields, snp.split_offset(fields)[0]))
@@ -186,7 +198,7 @@ def _solved(
         data = optimum.problem(own[: len(y)], y, len(images.classes))
         unseen = own[len(y) :].flatten(1)
         choice = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}"))
-        found = {variant: getattr(choice, variant) for variant in VARIANTS}
+        found = {variant: one for variant in VARIANTS if (one := getattr(choice, variant)) is not None}
         for variant, one in found.items():
             weights[f"{place.name}/{variant}"] = one.weight.unflatten(1, own.shape[1:])
             answers = (unseen @ one.weight.T).argmax(dim=1)

@@ -152,6 +152,7 @@ def facts(run: Run, seed: int, stage: Stage, weights: dict[str, Tensor]) -> dict
     accuracy, by_label = scores(build_network(run, seed, weights).float(), images)
     seconds = json.loads((stage.folder / "seconds.json").read_text(encoding="utf-8"))
     options = run.config("positional_embedding", "attention_dropout", "stochastic_depth") | {"heads": s.heads or None}
+    options |= {"vocabulary": images.vocabulary} if images.vocabulary else {}
     mean, std = (part.flatten().tolist() for part in images.statistics)
     return {
         "model": s.model,

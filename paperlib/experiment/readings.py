@@ -23,6 +23,11 @@ DRAWS = 2  # random and permuted masks at each threshold
 CONTROLS = ("random", "permuted", "magnitude", "activation")
 
 
+def table(run: Run) -> pd.DataFrame:
+    """The table of `readouts`, all seeds."""
+    return pd.concat([readouts(run, seed).table("readouts") for seed in run.settings.seeds], ignore_index=True)
+
+
 def readouts(run: Run, seed: int) -> Stage:
     """Stage: the readouts of one trained network pruned at every threshold of the dilution sweep.
 

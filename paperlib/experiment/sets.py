@@ -4,65 +4,91 @@ Means and variances of single nodes' fields come from held-out images, and so do
 number an encoder; what is predicted are answers to the test images.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import torch
+from torch import Tensor, nn
 
-from paperlib import macroscopic, taps, training
-from paperlib.data import held_out
+from paperlib import macroscopic, snp, taps, training
+from paperlib.data import Images, held_out
 from paperlib.experiment import measure
 from paperlib.experiment.networks import load_network
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_table
+from paperlib.taps import Tap
 
 DRAWS = 20  # sets of each size
 TAPS = ("ff1", "attn", "block")  # a CNN's are `conv`
 
 
-def sets_of_nodes(run: Run, seed: int) -> Stage:
+def table(run: Run) -> pd.DataFrame:
+    """The table of `sets_of_nodes` of trained and random networks, all seeds."""
+    parts = [(seed, kind) for kind in ("trained", "random") for seed in run.settings.seeds]
+    return pd.concat([sets_of_nodes(run, *part).table("sets") for part in parts], ignore_index=True)
+
+
+def sets_of_nodes(run: Run, seed: int, kind: str = "trained") -> Stage:
     """Stage: accuracy of random sets of a tap's nodes, predicted and measured, in every encoder.
 
-    sets.csv: seed, encoder, tap, size (nodes; the last one: all), draw, measured (on the test images), predicted (with
-    the correlation between nodes of this encoder), uncorrelated (without), and size_only: what a curve of accuracy
-    against size in the same encoder says, the mean of its other sets of that size, and for all nodes the straight line
-    in log(size) through the two largest sizes before; all in 0..1. variance_ratio: of all nodes' summed field on
-    held-out images, its variance over the sum of theirs.
+    sets.csv: seed, network, encoder, tap, basis (native, and one rotation: rotated), size (nodes; the last one: all),
+    draw, measured (on the test images), predicted (with the correlation between nodes of this encoder), uncorrelated
+    (without), and size_only: what a curve of accuracy against size in the same encoder says, the mean of its other sets
+    of that size, and for all nodes the straight line in log(size) through the two largest sizes before; all in 0..1.
+    variance_ratio: of all nodes' summed field on held-out images, its variance over the sum of theirs.
     """
-    read = measure.readouts(run, seed, "trained")
-    network, inputs = load_network(run, seed, "trained")
+    read = measure.readouts(run, seed, kind)
+    network, inputs = load_network(run, seed, kind)
 
     def make(folder: Path) -> None:
-        images = run.images.to(training.best_device())
+        images = measure.prepared(run, seed, kind, network)
         _, held = held_out(run.images.y_train, run.settings.held_out)
-        unseen, y_unseen = images.x_train[held], images.y_train[held]
-        if y_unseen.bincount(minlength=len(images.classes)).min() < 2:
+        if images.y_train[held].bincount(minlength=len(images.classes)).min() < 2:
             raise ValueError("a variance needs two held-out images of each label: raise held_out")
-        shares = (images.y_test.bincount() / len(images.y_test)).to(images.x_test.device)
         weights, tables = read.tensors("weights"), []
         for place in taps.places(network, list(TAPS)):
-            weight = {place.name: weights[f"{place.name}/best"].to(shares.device)}
-            nodes = weight[place.name].shape[2]
-            sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
-            generator = training.generator(seed, "subsets", place.name)
-            chosen = macroscopic.random_subsets(nodes, sizes, DRAWS, generator).to(shares.device)
-            batches = macroscopic.labelled_batches(network, [place], unseen, y_unseen, images)
-            mean, variance, ratio = macroscopic.moments_and_ratio(batches, place.name, weight[place.name])
-            summed = [(chosen.float() @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in (mean, variance)]
-            factor = macroscopic.variance_factor(ratio, chosen.sum(dim=1), nodes)[:, None, None]
-            subsets = {place.name: chosen}
-            measured = macroscopic.subset_accuracies(
-                network, [place], images.x_test, images.y_test, images, weight, subsets
-            )[place.name]
-            columns = {"size": chosen.sum(dim=1), "measured": measured}
-            columns["predicted"] = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
-            columns["uncorrelated"] = macroscopic.predicted_accuracy(*summed, shares)
-            table = pd.DataFrame({name: part.numpy(force=True) for name, part in columns.items()})
-            table["draw"] = table.groupby("size").cumcount()
-            table = table[(table["size"] < nodes) | (table.draw == 0)]  # there is one set of all nodes
-            table["size_only"] = macroscopic.size_only(table)
-            row = {"seed": seed, "encoder": place.encoder, "tap": place.kind, "variance_ratio": ratio}
-            tables.append(table.assign(**row))
+            weight = weights[f"{place.name}/best"].to(images.x_test.device)
+            turn = snp.rotations(weight.shape[2], 1, training.generator(seed, "rotations", place.name), place.groups)[0]
+            for basis, rotation in (("native", None), ("rotated", turn.to(weight))):
+                found = _predicted(network, place, weight, rotation, images, held, seed)
+                row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind, "basis": basis}
+                tables.append(found.assign(**row))
         save_table(folder / "sets.csv", pd.concat(tables))
 
-    config = run.config("held_out") | {"seed": seed, "draws": DRAWS, "taps": TAPS}
-    return run.stage(f"sets-of-nodes-seed{seed}", config, inputs | {"readouts": read.sha256}, make)
+    config = run.config("held_out") | {"seed": seed, "kind": kind, "draws": DRAWS, "taps": TAPS}
+    return run.stage(f"sets-of-nodes-{kind}-seed{seed}", config, inputs | {"readouts": read.sha256}, make)
+
+
+def _predicted(
+    network: nn.Module, place: Tap, weight: Tensor, rotation: Tensor | None, images: Images, held: Tensor, seed: int
+) -> pd.DataFrame:
+    """The columns of `sets_of_nodes` from size on, for the nodes of one tap, native or rotated."""
+    shares = (images.y_test.bincount() / len(images.y_test)).to(weight)
+    nodes, name = weight.shape[2], place.name
+    sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
+    chosen = macroscopic.random_subsets(nodes, sizes, DRAWS, training.generator(seed, "subsets", name)).to(
+        weight.device
+    )
+    readout = weight if rotation is None else snp.rotated(weight, rotation)
+
+    def batches(x: Tensor, y: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for batch, labels in macroscopic.labelled_batches(network, [place], x, y, images):
+            own = batch[name]
+            yield {name: own if rotation is None else snp.rotated(own, rotation)}, labels
+
+    unseen = batches(images.x_train[held], images.y_train[held])
+    mean, variance, ratio = macroscopic.moments_and_ratio(unseen, name, readout)
+    summed = [(chosen.float() @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in (mean, variance)]
+    factor = macroscopic.variance_factor(ratio, chosen.sum(dim=1), nodes)[:, None, None]
+    right = [
+        macroscopic.subset_answers(batch[name], readout, labels, chosen)
+        for batch, labels in batches(images.x_test, images.y_test)
+    ]
+    columns = {"size": chosen.sum(dim=1), "measured": torch.cat(right, dim=1).float().mean(dim=1)}
+    columns["predicted"] = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
+    columns["uncorrelated"] = macroscopic.predicted_accuracy(*summed, shares)
+    own = pd.DataFrame({column: part.numpy(force=True) for column, part in columns.items()})
+    own["draw"] = own.groupby("size").cumcount()
+    own = own[(own["size"] < nodes) | (own.draw == 0)]  # there is one set of all nodes
+    return own.assign(size_only=macroscopic.size_only(own), variance_ratio=ratio)

@@ -208,6 +208,7 @@ def check_references(settings: Settings) -> None:
         if name not in reference.references():
             raise ValueError(f"there is no committed network {name}: add weights=trained to train one")
         card = reference.card(name)
+        card["cct_options"].pop("vocabulary", None)  # the data decide it
         for part, value in (card["recipe"] | card["cct_options"]).items():
             if getattr(settings, part) != (value or 0):  # heads: None in a card, 0 in a profile
                 raise ValueError(

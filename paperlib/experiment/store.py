@@ -30,7 +30,8 @@ from pydantic import BaseModel
 from paperlib import data, files, provenance, training
 
 MANIFEST = "stage.json"
-ANEW = "anew"  # a file beside a stage's folders: its committed one is not to be taken
+ANEW = "anew.json"  # beside a stage's folders: stamp of a run -> when it asked for the stage to be computed anew
+STARTED = "started.json"  # which code began a stage that is not finished
 LARGE = ".safetensors"  # files that are not committed
 KEPT = (".csv", ".npz", LARGE)  # what a stage leaves; checkpoints and logs are its own business
 
@@ -43,7 +44,7 @@ class Stage:
     manifest: dict[str, Any]
     again: Callable[[], "Stage"] | None = None  # computes the whole of it, where large files are missing
     fresh: bool = False  # computed by this process
-    outdated: tuple[str, ...] = ()  # modules that have changed since it was computed
+    outdated: tuple[str, ...] | None = ()  # modules that have changed since; None: its code is not known
 
     @property
     def sha256(self) -> str:
@@ -101,14 +102,20 @@ class Run:
         folder = self.stages / record["stage"] / key
         if folder not in self.finished:
             stage = self._committed(record, key, make) or self._computed(folder, record, make)
-            self.finished[folder] = self._dated(stage, make.__module__)
+            self.finished[folder] = self._dated(stage, make.__module__, inputs)
         return self.finished[folder]
 
-    def _dated(self, stage: Stage, module: str) -> Stage:
-        """The stage with the modules that have changed since; said once for each set of them."""
+    def _dated(self, stage: Stage, module: str, inputs: dict[str, str]) -> Stage:
+        """The stage with the modules that have changed since it, or what it reads, was computed; said once for each set
+        of them."""
         if "code" not in stage.manifest:
-            return stage
-        outdated = tuple(provenance.changed(stage.manifest["code"], provenance.made_by(module)))
+            return replace(stage, outdated=None)
+        now = provenance.made_by(module)
+        changed = {name for name in provenance.changed(stage.manifest["code"], now)}
+        for other in self.finished.values():
+            if other.sha256 in inputs.values():
+                changed |= {*(other.outdated or ())}
+        outdated = tuple(sorted(changed))
         if outdated and not any(other.outdated == outdated for other in self.finished.values()):
             self.log(
                 f"{stage.manifest['stage']}: computed before {', '.join(outdated)} changed, and taken as it is, like "
@@ -118,7 +125,7 @@ class Run:
 
     def _committed(self, record: dict, key: str, make: Callable[[Path], None]) -> Stage | None:
         folder = self.committed / record["stage"] / key if self.committed else None
-        if not folder or not (folder / MANIFEST).exists() or (self.stages / record["stage"] / ANEW).exists():
+        if not folder or not (folder / MANIFEST).exists() or self._anew(record["stage"]):
             return None
         manifest = read_manifest(folder)
         if changed_files(folder, manifest, without=LARGE):
@@ -144,8 +151,16 @@ class Run:
         with locked(folder.parent / ".lock", f"another run is working on {folder.parent}: wait for it, or stop it"):
             return self._found(folder, record) or self._made(folder, record, make)
 
+    def _anew(self, stage: str) -> float:
+        """When this run asked for a stage to be computed anew (seconds since 1970), or 0."""
+        path = self.stages / stage / ANEW
+        return files.read_json(path).get(self.stamp, 0.0) if path.exists() else 0.0
+
     def _found(self, folder: Path, record: dict) -> Stage | None:
-        """The stage in its folder if it is complete and nobody has changed its files."""
+        """The stage in its folder if it is complete and nobody has changed its files, or asked for it anew."""
+        for old in (*folder.glob(MANIFEST), *folder.glob("*.pt"), *folder.glob(STARTED)):
+            if old.stat().st_mtime < self._anew(record["stage"]):
+                old.unlink()
         if not (folder / MANIFEST).exists():
             self.log(f"{record['stage']}: {_reason(folder, record)}{self._cost(record['stage'])}")
             return None
@@ -167,6 +182,9 @@ class Run:
     def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
         start = time.monotonic()
         provenance.peak_gb(forget=True)
+        if not ((folder / STARTED).exists() and any(folder.glob("*.pt"))):  # what is resumed is of the code that began
+            code = {"code": provenance.made_by(make.__module__), "revision": provenance.revision()}
+            files.write_json(folder / STARTED, code)
         make(folder)
         outputs = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.suffix in KEPT}
         manifest = {
@@ -175,18 +193,22 @@ class Run:
             "sha256": _sum(outputs),
             "seconds": round(time.monotonic() - start, 2),
             "peak_gb": provenance.peak_gb(),
-            "revision": provenance.revision(),
-            "code": provenance.made_by(make.__module__),
+            **files.read_json(folder / STARTED),
             "environment": provenance.environment(self.settings.precision),
         }
         files.write_json(folder / MANIFEST, manifest)
-        for leftover in (*folder.glob("*.pt"), *folder.glob(".*.part")):  # only now is nothing lost without them
+        for leftover in (
+            *folder.glob("*.pt"),
+            *folder.glob(".*.part"),
+            folder / STARTED,
+        ):  # only now is nothing lost without them
             leftover.unlink()
         return Stage(folder, manifest, fresh=True)
 
     def recompute(self, patterns: list[str]) -> None:
-        """Forget the finished stages whose names match, such as `snr-*`; committed ones are left alone and not taken
-        any more. ValueError for a pattern that none matches."""
+        """Have the stages whose names match, such as `snr-*`, computed anew where this run, or another one of the same
+        settings and data, asks for them; what is finished or committed with other settings stays. ValueError for a
+        pattern that none matches."""
         places = [self.stages, *([self.committed] if self.committed else [])]
         known = sorted({path.parent.parent.name for place in places for path in place.glob(f"*/*/{MANIFEST}")})
         for pattern in patterns:
@@ -194,10 +216,10 @@ class Run:
             if not found:
                 raise ValueError(f"no finished stage is called {pattern}: there are {', '.join(known) or 'none'}")
             for name in found:
-                (self.stages / name).mkdir(parents=True, exist_ok=True)
-                (self.stages / name / ANEW).touch()
-                for manifest in (self.stages / name).glob(f"*/{MANIFEST}"):
-                    manifest.unlink()
+                path = self.stages / name / ANEW
+                path.parent.mkdir(parents=True, exist_ok=True)
+                asked = files.read_json(path) if path.exists() else {}
+                files.write_json(path, asked | {self.stamp: time.time()})
         self.finished.clear()
 
     def record(self, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> None:
@@ -244,7 +266,7 @@ def _entry(stage: Stage) -> dict[str, Any]:
         "peak_gb": made["peak_gb"],
         "revision": made.get("revision"),
         "machine": provenance.machine(made["environment"]) if "environment" in made else None,
-        "changed_since": list(stage.outdated),
+        "changed_since": None if stage.outdated is None else list(stage.outdated),
     }
 
 

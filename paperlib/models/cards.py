@@ -10,6 +10,7 @@ from paperlib.models.reference import card, load_reference
 LICENCES = {
     "glyphs100": "the glyphs are drawn by the package",
     "cifar100": "CIFAR-100 (Krizhevsky 2009) comes without a licence, for research",
+    "clinc150": "CLINC150 (Larson et al. 2019) is CC BY 3.0",
     "flowers102": "Oxford Flowers-102 (Nilsback and Zisserman 2008) comes without a licence, for research",
 }
 # (data, model) -> what the architecture's own authors report for it, in the README of Compact-Transformers
@@ -28,7 +29,7 @@ CARD = """# {name}
 
 | | |
 |---|---|
-| data | {data}, {n_train} training and {n_test} test images of {image_size} x {image_size} pixels, {num_classes} labels{images} |
+| data | {data}, {n_train} training and {n_test} test {shape}, {num_classes} labels{images} |
 | split | {split} |
 | test accuracy | {test_accuracy:.2%} (mean over labels {mean_class_accuracy:.2%}), of the weights as stored, in fp32 |
 | training | {epochs} epochs, {hours:.2f} hours on {machine}, seed {seed} |
@@ -47,10 +48,12 @@ def page(name: str) -> str:
     """The card of a committed network as Markdown."""
     facts = card(name)
     environment, recipe = facts["environment"], facts["recipe"]
+    is_text, side = facts["data"] in data.TEXTS, facts["image_size"]
     unused = ("epochs", *(("shift", "flip") if recipe["augmentation"] == "published" else ()))  # epochs: said above
     scored = [row for row in facts["curve"] if row["test_accuracy"] is not None]
     texts = {
         "parameters": sum(p.numel() for p in load_reference(name).parameters()),
+        "shape": f"texts of at most {side} words" if is_text else f"images of {side} x {side} pixels",
         "images": f"; {IMAGES[facts['data_sha256']]}" if facts["data_sha256"] in IMAGES else "",
         "split": data.SPLITS[facts["data"]] + _unseen(facts),
         "licence": LICENCES[facts["data"].removesuffix("-resplit")],
@@ -72,7 +75,8 @@ def _unseen(facts: dict[str, Any]) -> str:
 
 def row(name: str, facts: dict[str, Any]) -> list[str]:
     """Cells of a committed network in the table of networks: name, data, split, epochs, hours, accuracy, published."""
-    images = f"{facts['data']}, {facts['image_size']} px" + ", low-quality JPEGs" * (facts["data_sha256"] in IMAGES)
+    unit = "words" if facts["data"] in data.TEXTS else "px"
+    images = f"{facts['data']}, {facts['image_size']} {unit}" + ", low-quality JPEGs" * (facts["data_sha256"] in IMAGES)
     split = re.split("[:;]", data.SPLITS[facts["data"]])[0]
     training = [str(facts["recipe"]["epochs"]), f"{facts['hours']:.2f}", f"{facts['test_accuracy']:.2%}"]
     link = f"[{name}](paperlib/models/references/{name}.md)"
