@@ -25,6 +25,7 @@ hypothesis.settings.load_profile("paperlib")
 os.environ["PAPERLIB_HEADLESS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of several processes, one has all tests of a file, and one all notebooks, which share a run folder."""
     for item in items:

@@ -55,7 +55,8 @@ def test_specialisation_and_owners_are_those_of_counts(run, case):
         assert row.excess.item() == pytest.approx(row.specialisation.item() - row.chance.item())
     owners = stage.table("owners").query(f"encoder == {ENCODER} and basis == 'native'").sort_values("label")
     unseen = heads.assign_labels(heads.cooperation_counts(booleans(weight, *parts["held"]), number))
-    assert (owners.owner.to_numpy() == unseen.owner.numpy()).mean() > 0.98  # sums in another order
+    clear = ~unseen.tied.numpy()  # ties are drawn
+    assert (owners.owner.to_numpy() == unseen.owner.numpy())[clear].mean() > 0.98  # sums in another order
     assert set(table.basis) == {"native", *(f"rotated-{draw}" for draw in range(snp.ROTATIONS))}
     whole = stage.table("heads").query(f"encoder == {ENCODER} and not centred")
     assert whole.owned.tolist() == [(owners.owner == head).sum() for head in range(number)]

@@ -54,7 +54,8 @@ def test_another_projects_kernel_is_not_taken(tmp_path, monkeypatch):
     (kernel / "kernel.json").write_text(text)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
     write = f"open({str(tmp_path / 'summary.json')!r}, 'w').write('{{}}')"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(write)])
+    python = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(write)], metadata=python)
     nbformat.write(notebook, tmp_path / "x.ipynb")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.json").symlink_to(tmp_path / "summary.json")
@@ -124,7 +125,7 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     settings = load_settings(profile)
     name, labels, size = CACHES[settings.data]
     write_cache(folders / "data" / name, labels, size, train=2, test=1)
-    assert main(["run", profile, "--set", *CUT, "weights=trained"]) == 0
+    assert main(["run", profile, "--set", *CUT, "weights=trained", "retrain_thresholds=[0.3]"]) == 0
     (figures,) = (folders / "runs" / profile).glob("changed-*")
     named = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")}
     left = {path.name for path in figures.iterdir() if path.suffix != ".ipynb"}
