@@ -16,4 +16,4 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export PAPERLIB_RUNS=$folder PAPERLIB_HEADLESS=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one thread a process: those of two processes would wait for each other
-"$python" -m pytest -n logical --maxprocesses 4 --dist loadgroup --nbval-lax --nbval-current-env tests notebooks "$@"
+"$python" -m pytest -n logical --maxprocesses 4 --dist loadfile --nbval-lax --nbval-current-env tests notebooks "$@"

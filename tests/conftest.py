@@ -25,15 +25,6 @@ hypothesis.settings.load_profile("paperlib")
 os.environ["PAPERLIB_HEADLESS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Of several processes, one has all tests of a file, and one all notebooks, which share a run folder."""
-    for item in items:
-        shared = item.path.suffix == ".ipynb" or item.path.name == "test_browser.py"
-        group = "notebooks" if shared else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def quick_figures(tmp_path):
     """What a run of `quick` might leave: pictures and (short) tables of every name, and a summary that names it."""

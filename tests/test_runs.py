@@ -195,12 +195,31 @@ def test_arrays_come_back_as_they_were(run):
     assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items())
 
 
-def test_two_runs_on_one_stage_are_told_apart(run):
-    def meddles(folder):
-        with pytest.raises(RuntimeError, match="another run is working on"):
-            fresh(run).stage("s", {}, {}, writer([]))
+def test_a_run_waits_for_another_one_that_is_working_on_a_stage(run):
+    """And takes what that one has made; two notebooks may be open at once."""
+    calls, begun, found = [], threading.Event(), []
 
-    run.stage("s", {}, {}, meddles)
+    def slow(folder):
+        writer(calls)(folder)
+        begun.set()
+        waiting.wait(10)
+
+    waiting, said = threading.Event(), []
+
+    def log(text):
+        said.append(text)
+        waiting.set()
+
+    other = store.Run("quick", run.settings, run.images, run.stages, run.output, log=log)
+    first = threading.Thread(target=lambda: run.stage("s", {}, {}, slow))
+    first.start()
+    assert begun.wait(10)
+    second = threading.Thread(target=lambda: found.append(other.stage("s", {}, {}, writer(calls))))
+    second.start()
+    for thread in (first, second):
+        thread.join(20)
+    assert len(calls) == 1 and found[0].table("table").value.item() == 1
+    assert said == ["s: another run is working on it: waiting until it is done, or stopped"]
 
 
 def test_summary_gathers_notebooks_and_forgets_other_settings(run):
@@ -399,7 +418,7 @@ def test_without_locks_a_file_is_one(run, monkeypatch, reason):
         raise OSError(reason, "no locks here")
 
     monkeypatch.setattr(store.FileLock, "acquire", none)
-    test_two_runs_on_one_stage_are_told_apart(run)
+    test_a_run_waits_for_another_one_that_is_working_on_a_stage(run)
     assert not list(run.stages.rglob("*.soft"))
 
 

@@ -148,7 +148,12 @@ class Run:
         if self.known_sha256:
             raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent / ".lock", f"another run is working on {folder.parent}: wait for it, or stop it"):
+        try:
+            lock = locked(folder.parent / ".lock", "")
+        except RuntimeError:
+            self.log(f"{record['stage']}: another run is working on it: waiting until it is done, or stopped")
+            lock = locked(folder.parent / ".lock", "", seconds=-1)
+        with lock:
             return self._found(folder, record) or self._made(folder, record, make)
 
     def _anew(self, stage: str) -> float:
@@ -271,8 +276,8 @@ def _entry(stage: Stage) -> dict[str, Any]:
 
 
 def locked(path: Path, otherwise: str, seconds: float = 0) -> AbstractContextManager:
-    """A lock to hold in a `with` block; RuntimeError with this sentence after so many seconds. On a file system without
-    locks (some of clusters have none) a second file is one, as long as the process that made it lives."""
+    """A lock to hold in a `with` block; RuntimeError with this sentence after so many seconds (-1: never). On a file
+    system without locks (some of clusters have none) a second file is one, while the process that made it lives."""
     try:
         return FileLock(path).acquire(timeout=seconds)
     except Timeout:
