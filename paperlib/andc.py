@@ -57,6 +57,28 @@ def andc_masks(diagonal: dict[str, Tensor], pairs: dict[str, tuple[str, str]]) -
     return {name: connection_mask(diagonal[out], diagonal[into]) for name, (into, out) in pairs.items()}
 
 
+def masks_of_every_method(
+    network: nn.Module,
+    sets: dict[str, Tensor],
+    pairs: dict[str, tuple[str, str]],
+    norms: dict[str, Tensor],
+    generator: torch.Generator,
+) -> dict[str, dict[str, Tensor]]:
+    """ANDC's masks and those of every control, with as many connections of each layer: method -> module path -> mask.
+
+    sets: labels that each tap's nodes recognise, tap -> (D, L) bool; pairs: module path -> (tap it leads from, tap it
+    leads to); norms: module path -> size of what goes in, (K,).
+    """
+    masks = andc_masks(sets, pairs)
+    return {
+        "andc": masks,
+        "random": random_masks(masks, generator),
+        "permuted": andc_masks(permuted_labels(sets, generator), pairs),
+        "magnitude": magnitude_masks(masks, network),
+        "activation": activation_masks(masks, network, norms),
+    }
+
+
 def permuted_labels(diagonal: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """The label sets of each tap dealt to other nodes: keeps their structure, destroys their meaning."""
     return {

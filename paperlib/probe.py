@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paperlib import andc, heads, optimum, snp
 from paperlib.data import held_out
-from paperlib.taps import Tap, recording
+from paperlib.taps import Tap, counted, recording
 
 PERMUTATIONS = 200  # of nodes among heads
 
@@ -106,15 +106,8 @@ def prune(
         sizes[name] = activations[held].square().mean(dim=(0, 1)).sqrt()
     pairs = {layer: (into.name, out.name) for layer, (into, out) in connections.items()}
     generator, intact, rows = torch.Generator().manual_seed(seed), _answers(network, test), []
-    masks = andc.andc_masks(sets, pairs)
     norms = {layer: sizes[into] for layer, (into, _) in pairs.items()}
-    for method, chosen in {
-        "andc": masks,
-        "random": andc.random_masks(masks, generator),
-        "permuted": andc.andc_masks(andc.permuted_labels(sets, generator), pairs),
-        "magnitude": andc.magnitude_masks(masks, network),
-        "activation": andc.activation_masks(masks, network, norms),
-    }.items():
+    for method, chosen in andc.masks_of_every_method(network, sets, pairs, norms, generator).items():
         right = _answers(andc.apply_masks(copy.deepcopy(network), chosen), test)
         rows.append({"method": method, "dilution": andc.dilution(chosen)} | andc.accuracy_loss("", intact, right))
     return pd.DataFrame(rows)
@@ -152,7 +145,7 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
             _call(network, inputs, device)
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             for name, parts in found.items():
-                parts.append(_counted(recorded[name].float(), mask))
+                parts.append(counted(recorded[name].float(), mask).clone())
             labels.append(torch.as_tensor(own).to(device))
     if not labels:
         raise ValueError("there are no batches to measure")
@@ -160,12 +153,6 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
         if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
             raise ValueError(f"tap {name}: batches have {sorted(shapes)} positions and nodes: pad all to one length")
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels).long()
-
-
-def _counted(nodes: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None or mask.shape != nodes.shape[:2]:
-        return nodes.clone()
-    return nodes * mask.to(nodes)[:, :, None]
 
 
 def _call(network: nn.Module, inputs: Any, device: torch.device) -> Any:

@@ -261,7 +261,7 @@ def activations(
     with recording(network, taps) as recorded:
         for batch in images.split(batch_size):
             network(normalise(batch, mean, std))
-            yield {name: _counted(value.float(), positions(batch), name) for name, value in recorded.items()}
+            yield {name: counted(value.float(), positions(batch), name) for name, value in recorded.items()}
             recorded.clear()  # so that whoever asks for the next batch decides whether this one stays in memory
 
 
@@ -279,19 +279,19 @@ def features(
             with suppress(AllRecorded):
                 network(normalise(batch, mean, std))
             for tap in taps:
-                part = _counted(recorded.pop(tap.name).float(), positions(batch), tap.name)
+                part = counted(recorded.pop(tap.name).float(), positions(batch), tap.name)
                 if tap.name not in found:
                     found[tap.name] = part.new_empty(len(images), *part.shape[1:])
                 found[tap.name][start : start + batch_size] = part
     return found
 
 
-def _counted(nodes: Tensor, there: Tensor | None, name: str) -> Tensor:
-    """Activations (n, T, D) that are 0 where there is no word, so that padding says nothing. ValueError for a mean over
-    positions, in which padding has a share."""
+def counted(nodes: Tensor, there: Tensor | None, name: str = "") -> Tensor:
+    """Activations (n, T, D) that are 0 where there is no word, (n, T), so that padding says nothing. ValueError for a
+    mean over positions, in which padding has a share."""
     if there is not None and name.endswith(".pooled"):
         raise ValueError(f"tap {name}: of texts, the mean over positions is one over padding, too: take another tap")
-    return nodes if there is None or nodes.shape[1] != there.shape[1] else nodes * there[:, :, None]
+    return nodes if there is None or nodes.shape[:2] != there.shape else nodes * there.to(nodes)[:, :, None]
 
 
 def places_first_middle_last(network: nn.Module, kinds: list[str] | tuple[str, ...]) -> list[Tap]:

@@ -74,7 +74,10 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
         pairs = connections(network, reading, encoders)
         threshold, found = _diluted(run, source, pairs)
         norms, answers, rows = source.arrays("norms"), {}, []
-        masks = _masks(network, found, pairs, {name: norms[into] for name, (into, _) in pairs.items()}, seed)
+        generator = training.generator(seed, "late masks", reading, encoders)
+        entering = {name: norms[into] for name, (into, _) in pairs.items()}
+        masks = andc.masks_of_every_method(network, found, pairs, entering, generator)
+        masks["removed"] = {name: torch.zeros_like(mask) for name, mask in masks["andc"].items()}
         for method in METHODS:
             for epochs in (0, *EPOCHS):
                 tail = _pruned(network, masks.get(method, {}), encoders, removed=method == "removed")
@@ -156,22 +159,6 @@ def _diluted(run: Run, source: Stage, pairs: dict[str, tuple[str, str]]) -> tupl
         if andc.dilution(andc.andc_masks(sets, pairs)) >= DILUTION:
             return threshold, sets
     raise ValueError(f"no threshold removes {DILUTION:.0%} of {', '.join(pairs)}: add larger prune_thresholds")
-
-
-def _masks(
-    network: nn.Module, sets: dict[str, Tensor], pairs: dict, norms: dict[str, Tensor], seed: int
-) -> dict[str, dict[str, Tensor]]:
-    """Method -> layer -> mask, all with as many connections of each layer; removed: none."""
-    masks = andc.andc_masks(sets, pairs)
-    permuted = andc.permuted_labels(sets, training.generator(seed, "permuted labels", *pairs))
-    return {
-        "andc": masks,
-        "random": andc.random_masks(masks, training.generator(seed, "random masks", *pairs)),
-        "permuted": andc.andc_masks(permuted, pairs),
-        "magnitude": andc.magnitude_masks(masks, network),
-        "activation": andc.activation_masks(masks, network, norms),
-        "removed": {name: torch.zeros_like(mask) for name, mask in masks.items()},
-    }
 
 
 def _pruned(network: nn.Module, masks: dict[str, Tensor], encoders: int, removed: bool) -> Tail:
