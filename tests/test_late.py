@@ -79,3 +79,24 @@ def test_a_sweep_without_a_large_dilution_is_named(run, refuses):
 
     with refuses("no threshold removes 50%"):
         late._diluted(low, Source(), late.connections(network, "W2", 1))
+
+
+@pytest.mark.slow
+def test_the_end_of_a_cnn_answers_as_the_network_and_is_pruned_like_it(run):
+    half = networks.cnn_half(replace(run, settings=run.settings.model_copy(update={"cnn": "vgg_11x8"})))
+    network, _ = networks.load_network(half, 0, "trained")
+    whole = training.predict(network, half.images.x_test, *half.images.statistics)
+    for layers in (1, 2, 4):
+        data = late._streams(half, network, layers)
+        tail = late.tail_of(network, layers).eval()
+        assert torch.allclose(training.predict(tail, data.x_test, *data.statistics), whole, atol=1e-4)
+    pairs = late.connections(network, late.FILTERS, 2)
+    assert list(pairs.values()) == [("6.conv", "7.conv"), ("7.conv", "8.conv")]
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        name: torch.rand(network.get_submodule(name).weight.shape[:2], generator=generator) > 0.5 for name in pairs
+    }
+    data, tail = late._streams(half, network, 2), late._pruned(network, masks, 2, removed=False)
+    pruned = andc.apply_masks(network, masks)
+    expected = training.predict(pruned, half.images.x_test, *half.images.statistics)
+    assert torch.allclose(training.predict(tail.eval(), data.x_test, *data.statistics), expected, atol=1e-4)

@@ -1,11 +1,13 @@
-"""Stages of a walk that prune late layers by the labels that their nodes share (ANDC, reading R2) and train on from
-there: the pruned encoders and what follows, while everything before stays as it is (claim C4).
+"""Stages of a walk that prune late layers by the labels that their nodes share (ANDC, readings R2 and, of a CNN, R4)
+and train on from there: the pruned layers and what follows, while everything before stays as it is (claim C4).
 
 What the frozen part says is computed once, so that an epoch costs the encoders that train. Masks are made once, from
 held-out images, and hold through training (code: so does the group's protocol for late layers).
 """
 
 import copy
+import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,9 @@ EPOCHS = (1, 3, 10)  # lengths of the training, each with a rate of its own that
 RATE = 1e-4  # largest learning rate (choice)
 DILUTION = 0.5  # the smallest one that is looked at
 METHODS = ("unpruned", "andc", "random", "permuted", "magnitude", "activation", "removed")
-# what is pruned -> (kind of `andc.connections`, ends of its layers' paths)
+FILTERS = "filters"  # the reading of a CNN, whose layers stand for encoders
+DEPTHS = {True: (1, 2, 4), False: (1, 2)}  # of a CNN, or not: how many last layers, or encoders, are looked at
+# what is pruned of a transformer -> (kind of `andc.connections`, ends of its layers' paths)
 READINGS = {
     "W1": ("ff", ("linear1",)),
     "W2": ("ff", ("linear2",)),
@@ -61,10 +65,10 @@ def label_sets(run: Run, seed: int) -> Stage:
 def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
     """Stage: the last so many encoders pruned at the smallest dilution of at least one half, and trained on.
 
-    late.csv: seed, reading (a key of `READINGS`), encoders, threshold, method (`METHODS`; removed: the branch says
-    nothing), dilution, epochs (0: right after pruning), accuracy, loss and loss_se (against the better of the unpruned
-    network as it was and trained on alike), andc_ahead and andc_ahead_se (accuracy of ANDC's network less this one's,
-    on the same images); accuracies in 0..1.
+    late.csv: seed, reading (a key of `READINGS`, or `FILTERS`), encoders, threshold, method (`METHODS`; removed: the
+    branch says nothing, not of a CNN), dilution, epochs (0: right after pruning), accuracy, loss and loss_se (against
+    the better of the unpruned network as it was and trained on alike), andc_ahead and andc_ahead_se (accuracy of ANDC's
+    network less this one's, on the same images); accuracies in 0..1.
     """
     source = label_sets(run, seed)
     network, inputs = load_network(run, seed, "trained")
@@ -77,14 +81,16 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
         generator = training.generator(seed, "late masks", reading, encoders)
         entering = {name: norms[into] for name, (into, _) in pairs.items()}
         masks = andc.masks_of_every_method(network, found, pairs, entering, generator)
-        masks["removed"] = {name: torch.zeros_like(mask) for name, mask in masks["andc"].items()}
-        for method in METHODS:
+        if reading != FILTERS:  # a CNN without a layer says nothing
+            masks["removed"] = {name: torch.zeros_like(mask) for name, mask in masks["andc"].items()}
+        methods = ("unpruned", *masks)
+        for method in methods:
             for epochs in (0, *EPOCHS):
                 tail = _pruned(network, masks.get(method, {}), encoders, removed=method == "removed")
                 right = _trained(run, tail, data, epochs, seed, folder / f"{method}-{epochs}.pt")
                 answers[f"{method}/{epochs}"] = right.cpu()
             run.log(f"{reading} of {encoders}, {method}: {answers[f'{method}/{EPOCHS[-1]}'].float().mean():.1%}")
-        for method in METHODS:
+        for method in methods:
             for epochs in (0, *EPOCHS):
                 right = answers[f"{method}/{epochs}"]
                 whole = max((answers[f"unpruned/{n}"] for n in (0, epochs)), key=lambda part: part.sum())
@@ -104,7 +110,9 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
 
 
 def connections(network: nn.Module, reading: str, encoders: int) -> dict[str, tuple[str, str]]:
-    """`andc.connections` of one reading in the last so many encoders."""
+    """`andc.connections` of one reading in the last so many encoders, or layers of a CNN."""
+    if reading == FILTERS:
+        return dict(list(andc.connections(network, FILTERS).items())[-encoders:])
     layers, ends = READINGS[reading]
     first = len(network.classifier.blocks) - encoders
     return {
@@ -119,8 +127,14 @@ class Tail(nn.Module):
 
     def __init__(self, network: nn.Module, encoders: int):
         super().__init__()
+        self.first = len(network.classifier.blocks) - encoders
         self.classifier = copy.deepcopy(network.classifier).requires_grad_(True)
         self.classifier.blocks = self.classifier.blocks[-encoders:]
+
+    def own(self, path: str) -> str:
+        """What a module of the network is called here."""
+        _, _, number, rest = path.split(".", 3)
+        return f"classifier.blocks.{int(number) - self.first}.{rest}"
 
     def forward(self, stream: Tensor) -> Tensor:
         for block in self.classifier.blocks:
@@ -128,22 +142,49 @@ class Tail(nn.Module):
         return self.classifier.classify(stream)
 
 
+class FilterTail(nn.Module):
+    """The last layers of a CNN and its classifier: the filters' maps before them (B, T, D) -> logits (B, labels)."""
+
+    def __init__(self, network: nn.Module, layers: int):
+        super().__init__()
+        first = int(list(andc.connections(network, FILTERS))[-layers].split(".")[1])
+        self.features = copy.deepcopy(network.features[first:]).requires_grad_(True)
+        self.rest = copy.deepcopy(network[1:]).requires_grad_(True)
+
+    def own(self, path: str) -> str:
+        """What a module of the network is called here: the same."""
+        return path
+
+    def forward(self, maps: Tensor) -> Tensor:
+        side = math.isqrt(maps.shape[1])
+        return self.rest(self.features(maps.mT.unflatten(2, (side, side))))
+
+
+def tail_of(network: nn.Module, depth: int) -> Tail | FilterTail:
+    return FilterTail(network, depth) if is_cnn(network) else Tail(network, depth)
+
+
+def is_cnn(network: nn.Module) -> bool:
+    return hasattr(network, "features")
+
+
 def _ends(network: nn.Module) -> list[taps.Tap]:
     """Taps that the layers of all readings lead from or to."""
-    ends = {
-        end for reading in READINGS for encoders in (1, 2) for pair in connections(network, reading, encoders).values()
-        for end in pair
-    }  # fmt: skip
+    cnn, ends = is_cnn(network), set()
+    for reading, depth in itertools.product([FILTERS] if cnn else READINGS, DEPTHS[cnn]):
+        for pair in connections(network, reading, depth).values():
+            ends |= {*pair}
     kinds = sorted({end.split(".")[1] for end in ends})
     return [place for place in taps.places(network, kinds) if place.name in ends]
 
 
-def _streams(run: Run, network: nn.Module, encoders: int) -> Inputs:
-    """What the encoder before the pruned ones passes on, for the images of readouts and the test images."""
+def _streams(run: Run, network: nn.Module, depth: int) -> Inputs:
+    """What the encoder, or layer, before the pruned ones passes on, for the images of readouts and the test images."""
     images = run.images.to(training.best_device())
     chosen, _ = measure.readout_images(run)
-    number = len(network.classifier.blocks) - encoders
-    places = [place for place in taps.places(network, ["stem", "block"]) if place.encoder == number]
+    everywhere = taps.places(network, ["stem", "block"])
+    before = max(place.encoder for place in everywhere) - depth
+    places = [place for place in everywhere if place.encoder == before]
     parts = [
         taps.features(network, places, x, *images.statistics)[places[0].name]
         for x in (images.x_train[chosen], images.x_test)
@@ -161,14 +202,10 @@ def _diluted(run: Run, source: Stage, pairs: dict[str, tuple[str, str]]) -> tupl
     raise ValueError(f"no threshold removes {DILUTION:.0%} of {', '.join(pairs)}: add larger prune_thresholds")
 
 
-def _pruned(network: nn.Module, masks: dict[str, Tensor], encoders: int, removed: bool) -> Tail:
+def _pruned(network: nn.Module, masks: dict[str, Tensor], depth: int, removed: bool) -> Tail | FilterTail:
     """The masked end of a network; a removed branch has no bias either."""
-    tail = Tail(network, encoders)
-    first = len(network.classifier.blocks) - encoders
-    own = {}
-    for name, mask in masks.items():
-        _, _, number, path = name.split(".", 3)
-        own[f"classifier.blocks.{int(number) - first}.{path}"] = mask
+    tail = tail_of(network, depth)
+    own = {tail.own(name): mask for name, mask in masks.items()}
     andc.apply_masks(tail, own)
     if removed:
         for name in own:
@@ -176,7 +213,7 @@ def _pruned(network: nn.Module, masks: dict[str, Tensor], encoders: int, removed
     return tail
 
 
-def _trained(run: Run, tail: Tail, data: Inputs, epochs: int, seed: int, checkpoint: Path) -> Tensor:
+def _trained(run: Run, tail: nn.Module, data: Inputs, epochs: int, seed: int, checkpoint: Path) -> Tensor:
     """Which test images a tail answers correctly after so many epochs of training, in place: (n_test,) bool."""
     tail = tail.to(data.x_train.device)
     if epochs:
