@@ -1,5 +1,6 @@
 """Curves show what their tables say."""
 
+import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paperlib import figures
+from paperlib import answers, figures
 
 
 def test_a_readers_own_style_changes_nothing(tmp_path):
@@ -54,3 +55,91 @@ def test_retrained_networks_are_drawn_at_their_own_height():
         assert axis.containers[1].lines[0].get_ydata() == pytest.approx(np.array(retrained))
     levels = [line.get_ydata()[0] for line in upper.lines if list(line.get_xdata()) == [0, 1]]
     assert levels == pytest.approx([60, 65])
+
+
+# --- version 2 of the measure
+
+
+def measured_taps():
+    """A table `taps` whose accuracy and SNR are known: trained grows by 1 an encoder, rotated by half, random stays."""
+    rows = []
+    for seed, network, encoder, basis, centred in product(
+        (0, 1), ("trained", "random"), (1, 2, 3), ("native", "rotated-0", "rotated-1"), (False, True)
+    ):
+        slope = {"native": 1.0, "rotated-0": 0.4, "rotated-1": 0.6}[basis] * (network == "trained")
+        row = {"seed": seed, "network": network, "encoder": encoder, "tap": "ff1", "basis": basis, "centred": centred}
+        row |= {"accuracy": 0.1 * encoder + 0.02 * seed, "snr": 1 + slope * encoder + seed + 10 * centred}
+        rows.append(row | {"labels_per_node": 7.0})
+    return pd.DataFrame(rows)
+
+
+def test_depth_curves_are_means_over_seeds_and_rotations():
+    figure = figures.along_depth(measured_taps(), "toy")
+    accuracy, raw, centred = figure.axes
+    assert accuracy.lines[0].get_ydata() == pytest.approx([11, 21, 31])
+    trained, random, rotated = (line.get_ydata() for line in raw.lines)
+    assert trained == pytest.approx([2.5, 3.5, 4.5]) and random == pytest.approx([1.5] * 3)
+    assert rotated == pytest.approx([2, 2.5, 3])
+    assert centred.lines[0].get_ydata() == pytest.approx([12.5, 13.5, 14.5])
+
+
+def numbers(sentence):
+    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", sentence)]
+
+
+def test_sentences_say_the_numbers_of_the_tables():
+    taps = measured_taps()
+    assert numbers(answers.measured(taps)) == [2.5, 4.5, 1.5, 11, 31, 3]
+    assert numbers(answers.which(taps)) == [1.5, 1]
+
+
+def division_tables():
+    encoders = [
+        {"seed": 0, "network": network, "encoder": encoder, "basis": basis, "fold": -1, "excess": value * encoder}
+        for (network, basis, value), encoder in product(
+            (("trained", "native", 0.2), ("trained", "rotated-0", 0.05), ("random", "native", 0.01)), (1, 2)
+        )
+    ]
+    ablation = [
+        {"seed": 0, "encoder": encoder, "owners": owners, "fold": -1, "gap": gap * encoder, "chance": 0.001}
+        for (owners, gap), encoder in product((("native", 0.02), ("rotated-0", 0.01), ("best", 0.03)), (1, 2))
+    ]
+    cooperation = [
+        {"seed": 0, "encoder": encoder, "nodes": nodes, "fold": -1, "whole": True, "choice": 0.5 + gain * encoder}
+        for (nodes, gain), encoder in product((("head", 0.1), ("dealt", 0.05)), (1, 2))
+    ]
+    parts = {"encoders": encoders, "ablation": ablation, "cooperation": cooperation}
+    return {name: pd.DataFrame(rows) for name, rows in parts.items()}
+
+
+def test_heads_are_drawn_in_nats_points_and_shares():
+    left, middle, right = figures.heads_along_depth(division_tables(), "toy").axes
+    assert [line.get_ydata()[-1] for line in left.lines if len(line.get_ydata())] == pytest.approx([0.4, 0.1, 0.02])
+    assert [line.get_ydata()[-1] for line in middle.lines if len(line.get_ydata())] == pytest.approx([4, 2, 6, 0.1])
+    assert [line.get_ydata()[-1] for line in right.lines if len(line.get_ydata())] == pytest.approx([70, 60])
+    assert numbers(answers.divided(division_tables())) == [0.4, 0.1, 0.02, 4, 6]
+
+
+def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
+    rows = [
+        {"seed": 0, "tap": "block", "threshold": at, "method": method, "dilution": at + 0.2}
+        | {"loss": 2 * at, "retrained_loss": at * (1 + (method == "random"))}
+        for method, at in product(figures.METHODS, (0.2, 0.4))
+    ]
+    (axis,) = figures.pruned_readouts(pd.DataFrame(rows), "toy").axes
+    assert axis.lines[0].get_xdata() == pytest.approx([0.4, 0.6])
+    drawn = [line.get_ydata() for line in axis.lines[:2]]
+    assert drawn[0] == pytest.approx([20, 40]) and drawn[1] == pytest.approx([40, 80])
+    assert numbers(answers.removed(pd.DataFrame(rows))) == [60, 40, 80, 40]
+
+
+def test_predicted_sets_are_drawn_for_native_nodes_of_trained_networks():
+    rows = [
+        {"seed": 0, "network": network, "basis": basis, "encoder": 1, "tap": "block", "size": size}
+        | {"measured": 0.1 * size, "predicted": 0.1 * size + 0.02, "size_only": 0.1 * size - 0.05}
+        for network, basis, size in product(("trained", "random"), ("native", "rotated"), (1, 4))
+    ]
+    scatter, errors = figures.predicted_sets(pd.DataFrame(rows), "toy").axes
+    assert len(scatter.lines[0].get_xdata()) == 1
+    assert errors.lines[0].get_ydata() == pytest.approx([2, 2]) and errors.lines[1].get_ydata() == pytest.approx([5, 5])
+    assert numbers(answers.foretold(pd.DataFrame(rows))) == [2, 5]
