@@ -14,11 +14,14 @@ CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3, 0.4]}
 THRESHOLD = 0.3
 
 
-@pytest.fixture
-def run(folders, monkeypatch):
-    monkeypatch.setattr(measure, "ONCE", ("mha",))
-    monkeypatch.setattr(measure, "IMAGES", 600)
-    return settings.open_run("quick", CUT)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run for all: what a test has measured, the next one finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPERLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.setattr(measure, "ONCE", ("mha",))
+        patch.setattr(measure, "IMAGES", 600)
+        yield settings.open_run("quick", CUT)
 
 
 @pytest.mark.slow
