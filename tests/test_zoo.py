@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paperlib import andc, foreign, paths, taps
+from paperlib import andc, data, foreign, paths, taps
+from paperlib.probe import probe, prune
 from paperlib.taps import Tap
 
 COLUMNS = ("output of a block", "FF nodes", "heads", "silencing a head", "ANDC")
@@ -308,3 +309,44 @@ if __name__ == "__main__":
     print("| network | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
     for each in ZOO:
         print(row(each))
+
+
+def sentences(parts: str, size: int = 100) -> list[tuple[dict, Tensor]]:
+    """Batches of the embedded texts, as Hugging Face's networks take them."""
+    texts = data.load("phrases20")
+    x, y = (texts.x_train, texts.y_train) if parts == "train" else (texts.x_test, texts.y_test)
+    return [
+        ({"input_ids": ids, "attention_mask": (ids != data.PADDING).long()}, labels)
+        for ids, labels in zip(x.split(size), y.split(size), strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_an_encoder_of_hugging_face_is_trained_measured_and_pruned_like_any_other():
+    """From its configuration, on the embedded texts: above its null, heads and all, by functions that know no BERT."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.BertConfig(
+        vocab_size=data.load("phrases20").vocabulary, num_labels=20, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    network, null = (transformers.BertForSequenceClassification(config) for _ in range(2))
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    network.train()
+    for _ in range(15):
+        for inputs, labels in sentences("train"):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(**inputs).logits, labels).backward()
+            optimizer.step()
+    places = foreign.known_taps(network)
+    table = probe(network, places, sentences("train"), sentences("test"), null).set_index(["network", "tap"])
+    trained, random = table.loc["network"], table.loc["null"]
+    assert trained.accuracy["2.block"] > 0.6 and (trained.accuracy > random.accuracy).sum() >= 4
+    assert trained.snr["2.ff1"] > 1.5 * random.snr["2.ff1"] and trained.excess.notna().sum() == 2
+    inputs, labels = sentences("test")[0]
+    with torch.no_grad(), foreign.silenced(network.eval(), places[5], 0):
+        silent = network(**inputs).logits
+    assert not torch.allclose(silent, network(**inputs).logits)
+    layer = "bert.encoder.layer.1.output.dense"
+    pruned = prune(network, {layer: (places[4], Tap(2, "ff2", layer))}, sentences("train"), sentences("test"))
+    assert pruned.dilution.nunique() == 1 and len(pruned) == 5
