@@ -154,6 +154,7 @@ def test_a_text_network_learns_and_its_nodes_are_measured(corpus, monkeypatch):
         (["measure", "quick", "--set", "model=text_2x32"], "text_2x32 does not read glyphs100"),
         (["measure", "clinc150-cpu", "--set", "augmentation=mixed"], "augmentation must be light"),
         (["measure", "clinc150-cpu", "--set", "model=text_2"], "use text_<encoders>x<width>"),
+        (["measure", "clinc150-cpu", "--set", "held_out=0.1"], "0.16667 keeps the validation texts"),
         (["measure", "clinc150-cpu", "--cnn"], "a CNN reads images"),
         (["measure", "clinc150-cpu", "--set", "heads=5"], "5 heads do not divide the width 128"),
     ],

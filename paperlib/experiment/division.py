@@ -166,8 +166,9 @@ def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
             recognised = snp.diagonal_labels(snp.boolean_matrices(fields, s.threshold))
             sets, own = heads.sets_and_labels(recognised, place.heads, training.generator(seed, "sets", place.name))
             rotation = dict(_bases(seed, place, weight.shape[2]))["rotated-0"]
+            activations = taps.features(network, [place], images.x_test, *images.statistics)[place.name]
             measured = [
-                _scored(network, place, weight, rotation, sets, own, images, fold == number)
+                _scored(activations[fold == number], images.y_test[fold == number], weight, rotation, sets, own)
                 for number in range(measure.FOLDS)
             ]
             row = {"seed": seed, "network": kind, "encoder": place.encoder}
@@ -247,20 +248,18 @@ def _owners_of(sources: dict[str, Stage], encoder: int, labels: int) -> Iterator
 
 
 def _scored(
-    network: nn.Module, place: Tap, weight: Tensor, rotation: Tensor, sets: Tensor, own: Tensor, images: Images,
-    chosen: Tensor,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Over some test images, sums per label of right answers and choices of native sets (G, H, sizes, D), and of
-    rotated ones (the first `heads.OWN_ORDERS`), of right answers of single nodes, and images per label."""
-    x, y, device = images.x_test[chosen], images.y_test[chosen], images.x_test.device
-    weight, sets, own, rotation = (part.to(device) for part in (weight, sets, own, rotation))
+    activations: Tensor, y: Tensor, weight: Tensor, rotation: Tensor, sets: Tensor, own: Tensor
+) -> dict[str, Tensor]:
+    """Over some images (n, T, D), (n,), sums per label of right answers and choices of native sets (G, H, sizes, D),
+    and of rotated ones (the first `heads.OWN_ORDERS`), of right answers of single nodes, and images per label."""
+    weight, sets, own, rotation = (part.to(activations.device) for part in (weight, sets, own, rotation))
     bases = {"": (weight, None, sets, own)}
     first = slice(heads.OWN_ORDERS)
     bases["rotated "] = (snp.rotated(weight, rotation), rotation, sets[first], own[first])
     found = {"images": y.bincount(minlength=len(weight))}
-    for batch, labels in macroscopic.labelled_batches(network, [place], x, y, images):
+    for batch, labels in zip(activations.split(BATCH), y.split(BATCH), strict=True):
         for name, (readout, turn, some, mine) in bases.items():
-            fields = macroscopic.node_fields(_rotated(batch[place.name], turn), readout)
+            fields = macroscopic.node_fields(_rotated(batch, turn), readout)
             answers = (some.flatten(0, 2).to(fields) @ fields.flatten(1)).unflatten(1, fields.shape[1:])
             whose = mine[:, :, None].expand(*some.shape[:3], -1).flatten(0, 2)
             for what, part in (

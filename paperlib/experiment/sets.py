@@ -4,20 +4,19 @@ Means and variances of single nodes' fields come from held-out images, and so do
 number an encoder; what is predicted are answers to the test images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paperlib import macroscopic, snp, taps, training
-from paperlib.data import Images, held_out
+from paperlib.data import BATCH, held_out
 from paperlib.experiment import measure
 from paperlib.experiment.networks import load_network
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_table
-from paperlib.taps import Tap
 
 DRAWS = 20  # sets of each size
 TAPS = ("ff1", "attn", "block")  # a CNN's are `conv`
@@ -49,9 +48,14 @@ def sets_of_nodes(run: Run, seed: int, kind: str = "trained") -> Stage:
         weights, tables = read.tensors("weights"), []
         for place in taps.places(network, list(TAPS)):
             weight = weights[f"{place.name}/best"].to(images.x_test.device)
+            pictures = torch.cat([images.x_train[held], images.x_test])
+            activations = taps.features(network, [place], pictures, *images.statistics)[place.name]
+            nodes = activations[: len(held)], activations[len(held) :]
             turn = snp.rotations(weight.shape[2], 1, training.generator(seed, "rotations", place.name), place.groups)[0]
-            for basis, rotation in (("native", None), ("rotated", turn.to(weight))):
-                found = _predicted(network, place, weight, rotation, images, held, seed)
+            labels = images.y_train[held], images.y_test
+            turned = [snp.rotated(part, turn) for part in nodes], snp.rotated(weight, turn)
+            for basis, (own, readout) in (("native", (nodes, weight)), ("rotated", turned)):
+                found = _predicted(place.name, own, readout, labels, training.generator(seed, "subsets", place.name))
                 row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind, "basis": basis}
                 tables.append(found.assign(**row))
         save_table(folder / "sets.csv", pd.concat(tables))
@@ -61,34 +65,22 @@ def sets_of_nodes(run: Run, seed: int, kind: str = "trained") -> Stage:
 
 
 def _predicted(
-    network: nn.Module, place: Tap, weight: Tensor, rotation: Tensor | None, images: Images, held: Tensor, seed: int
+    name: str, nodes: Sequence[Tensor], weight: Tensor, labels: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> pd.DataFrame:
-    """The columns of `sets_of_nodes` from size on, for the nodes of one tap, native or rotated."""
-    shares = (images.y_test.bincount() / len(images.y_test)).to(weight)
-    nodes, name = weight.shape[2], place.name
-    sizes = sorted({*(4**power for power in range(6) if 4**power < nodes), nodes})
-    chosen = macroscopic.random_subsets(nodes, sizes, DRAWS, training.generator(seed, "subsets", name)).to(
-        weight.device
-    )
-    readout = weight if rotation is None else snp.rotated(weight, rotation)
-
-    def batches(x: Tensor, y: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for batch, labels in macroscopic.labelled_batches(network, [place], x, y, images):
-            own = batch[name]
-            yield {name: own if rotation is None else snp.rotated(own, rotation)}, labels
-
-    unseen = batches(images.x_train[held], images.y_train[held])
-    mean, variance, ratio = macroscopic.moments_and_ratio(unseen, name, readout)
+    """The columns of `sets_of_nodes` from size on, of one tap: activations (n, T, D) of held-out and of test images, a
+    readout (L, T, D), labels of both."""
+    shares = (labels[1].bincount(minlength=len(weight)) / len(labels[1])).to(weight)
+    sizes = sorted({*(4**power for power in range(6) if 4**power < weight.shape[2]), weight.shape[2]})
+    chosen = macroscopic.random_subsets(weight.shape[2], sizes, DRAWS, generator).to(weight.device)
+    unseen, test = (zip(part.split(BATCH), y.split(BATCH), strict=True) for part, y in zip(nodes, labels, strict=True))
+    mean, variance, ratio = macroscopic.moments_and_ratio((({name: part}, y) for part, y in unseen), name, weight)
     summed = [(chosen.float() @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in (mean, variance)]
-    factor = macroscopic.variance_factor(ratio, chosen.sum(dim=1), nodes)[:, None, None]
-    right = [
-        macroscopic.subset_answers(batch[name], readout, labels, chosen)
-        for batch, labels in batches(images.x_test, images.y_test)
-    ]
-    columns = {"size": chosen.sum(dim=1), "measured": torch.cat(right, dim=1).float().mean(dim=1)}
+    factor = macroscopic.variance_factor(ratio, chosen.sum(dim=1), weight.shape[2])[:, None, None]
+    right = torch.cat([macroscopic.subset_answers(part, weight, y, chosen) for part, y in test], dim=1)
+    columns = {"size": chosen.sum(dim=1), "measured": right.float().mean(dim=1)}
     columns["predicted"] = macroscopic.predicted_accuracy(summed[0], factor * summed[1], shares)
     columns["uncorrelated"] = macroscopic.predicted_accuracy(*summed, shares)
     own = pd.DataFrame({column: part.numpy(force=True) for column, part in columns.items()})
     own["draw"] = own.groupby("size").cumcount()
-    own = own[(own["size"] < nodes) | (own.draw == 0)]  # there is one set of all nodes
+    own = own[(own["size"] < weight.shape[2]) | (own.draw == 0)]  # there is one set of all nodes
     return own.assign(size_only=macroscopic.size_only(own), variance_ratio=ratio)

@@ -169,15 +169,11 @@ def _check_together(settings: Settings) -> None:
         if len(set(values := getattr(settings, name))) < len(values):
             raise ValueError(f"parameter {name!r}: {values} names a {one} twice")
     kinds = [*settings.taps, *settings.taps_once, *settings.penalty_taps]
-    is_text = settings.data in data.TEXTS
-    if is_text != settings.model.startswith("text"):
-        raise ValueError(f"parameter 'model': {settings.model} does not read {settings.data}: take another of the two")
-    if is_text and (settings.augmentation != "light" or settings.token_share < 1):
-        raise ValueError("texts are taken as they are: augmentation must be light, and token_share 1")
+    _check_texts(settings)
     with training.seeded(0):  # finds a wrong model, number of heads or tap
         for heads in (settings.heads or None, *settings.many_heads):
             taps.cct_taps(_smallest(settings, heads), kinds)
-    if not is_text:
+    if settings.data not in data.TEXTS:
         parse_vgg(settings.cnn, settings.image_size)
     if settings.weights == "reference":
         check_references(settings)
@@ -186,6 +182,18 @@ def _check_together(settings: Settings) -> None:
     odd = set(settings.retrain_thresholds) - set(settings.prune_thresholds)
     if odd:
         raise ValueError(f"parameter 'retrain_thresholds': {sorted(odd)[0]} is not one of prune_thresholds")
+
+
+def _check_texts(settings: Settings) -> None:
+    """Raise ValueError if a transformer of texts is to read images, or the other way round, or texts are to be treated
+    like images."""
+    is_text = settings.data in data.TEXTS
+    if is_text != settings.model.startswith("text"):
+        raise ValueError(f"parameter 'model': {settings.model} does not read {settings.data}: take another of the two")
+    if settings.data == "clinc150" and round(120 * settings.held_out) != 20:
+        raise ValueError("parameter 'held_out': 0.16667 keeps the validation texts of CLINC150 from networks")
+    if is_text and (settings.augmentation != "light" or settings.token_share < 1):
+        raise ValueError("texts are taken as they are: augmentation must be light, and token_share 1")
 
 
 def _smallest(settings: Settings, heads: int | None) -> nn.Module:
