@@ -5,7 +5,7 @@ the group's code for filters; the abstract names the technique and says that it 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -14,11 +14,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib.snp import boolean_matrices, diagonal_labels
+from paperlib import optimum
+from paperlib.snp import boolean_matrices, class_means, diagonal_labels, field_matrices
 from paperlib.taps import Tap, activations, recording
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights are connections
 MASKS = ["andc", "random", "permuted"]  # ANDC and the controls that C4 demands
+
+
+def unseen_fields(
+    own: Tensor, y: Tensor, unseen: Tensor, y_unseen: Tensor, labels: int, log: Callable[[str], None]
+) -> Tensor:
+    """Field matrices, on examples that nothing was trained on, of the readout of other ones at its optimum: activations
+    (n, T, D), labels (n,) of both -> (D, L, L). What they recognise decides masks."""
+    best = optimum.choose(optimum.problem(own, y, labels), unseen, y_unseen, log=log).best
+    return field_matrices(best.weight.unflatten(1, own.shape[1:]), class_means(unseen, y_unseen, labels))
 
 
 def connection_mask(labels_out: Tensor, labels_in: Tensor) -> Tensor:

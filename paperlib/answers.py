@@ -42,7 +42,8 @@ def answers(folder: Path) -> dict[str, Answer]:
         if claim not in verdicts:
             found[claim] = Answer(NOT_YET)
             continue
-        table, answer = next(pair for pair in ANSWERS[claim] if (folder / f"{pair[0]}.csv").exists())
+        there = [pair for pair in ANSWERS[claim] if (folder / f"{pair[0]}.csv").exists()]
+        table, answer = there[0] if there else ANSWERS[claim][-1]
         found[claim] = Answer(verdicts[claim], *answer(pd.read_csv(folder / f"{table}.csv"), summary))
     return found
 
@@ -157,8 +158,13 @@ def _growth(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     return words, f"SNR of {tap} {_ends(curve)}; random weights {_ends(random)}"
 
 
+def _passed_on(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of what an encoder passes on (`block`), or of a CNN's filters."""
+    return table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
+
+
 def _readouts(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
-    own = table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
+    own = _passed_on(table)
     dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
     at = own[own.threshold == dilution[dilution >= 0.5].idxmin()]
     loss = 100 * at.groupby("method").retrained_loss.mean()
@@ -178,7 +184,7 @@ def _division(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
 
 
 def _foretold(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
-    own = table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
+    own = _passed_on(table)
     own = own[(own.network == "trained") & (own.basis == "native")]
     whole = own[own["size"] == own.groupby("encoder")["size"].transform("max")]
     errors = [100 * (whole[column] - whole.measured).abs().mean() for column in ("predicted", "size_only")]

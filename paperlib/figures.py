@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
 TAP_COLOURS = dict(zip(("block", "attn", "ff2", "ff1", "ff_in", "mha", "qkv", "stem"), COLOURS, strict=True))
 TAP_COLOURS |= {"pooled": "#F0E442", "norm": "#882255", "weighed": "#44AA99", "seqpool": "#332288"}
+TAP_COLOURS["conv"] = TAP_COLOURS["ff1"]  # a CNN's nodes, which never stand beside FF nodes in one panel
 METHODS = ("andc", "magnitude", "activation", "permuted", "random")
 METHOD_STYLES = dict(zip(METHODS, zip((COLOURS[i] for i in (0, 2, 3, 5, 7)), "o^vsD", strict=True), strict=True))
 STYLE = {
@@ -145,14 +146,14 @@ def which_node(halves: dict[str, pd.DataFrame], data: str) -> Figure:
             rotated = part[part.basis != "native"].groupby(keys).snr.mean()
             ratio = (native / rotated).rename("ratio").reset_index()
             for (tap, network), rows in ratio[ratio.network != "shuffled"].groupby(["tap", "network"], sort=False):
-                colour, line = TAP_COLOURS.get(tap, COLOURS[3]), "o-" if network == "trained" else "x--"
+                colour, line = TAP_COLOURS[tap], "o-" if network == "trained" else "x--"
                 _curve(axis, rows, "ratio", 1, line, colour)
             axis.axhline(1, color="grey", ls=":")
         axes[0, column].set_title(name)
         for axis in axes[:, column]:
             axis.set(xlabel="encoder" if "CNN" not in name else "layer")
         for tap in dict.fromkeys(table.tap):
-            axes[0, column].plot([], [], "o-", ms=4, color=TAP_COLOURS.get(tap, COLOURS[3]), label=tap)
+            axes[0, column].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
         axes[0, column].legend(fontsize=8)
     axes[0, 0].set(ylabel="SNR, native / rotated nodes")
     axes[1, 0].set(ylabel="centred SNR,\nnative / rotated nodes")
@@ -513,7 +514,7 @@ def along_depth(taps: pd.DataFrame, data: str) -> Figure:
     for axis, (column, scale, centred) in zip(axes, panels, strict=True):
         for tap in shown:
             part = taps[(taps.tap == tap) & (taps.centred == centred)]
-            native, colour = part[part.basis == "native"], TAP_COLOURS.get(tap, COLOURS[3])
+            native, colour = part[part.basis == "native"], TAP_COLOURS[tap]
             _curve(axis, native[native.network == "trained"], column, scale, "o-", colour)
             _curve(axis, native[native.network == "random"], column, scale, "x--", colour)
             if column == "snr":
@@ -524,7 +525,7 @@ def along_depth(taps: pd.DataFrame, data: str) -> Figure:
     axes[1].set(ylabel="SNR")
     axes[2].set(ylabel="centred SNR")
     for tap in shown:
-        axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS.get(tap, COLOURS[3]), label=tap)
+        axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
     for line, name in (("-", "trained"), (":", "rotated nodes"), ("--", "random weights")):
         axes[0].plot([], [], line, color="grey", label=name)
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)

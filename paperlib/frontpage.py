@@ -123,7 +123,7 @@ def anatomy(dark: bool = False) -> Figure:
             axis.text(first - 0.4, height + 0.38, text, fontsize=8, va="center", color="grey")
             for place, (operation, tap) in enumerate(chain):
                 axis.text(place, height, operation, ha="center", va="center", fontsize=8, bbox=box)
-                colour = ink if tap == "stem" else figures.TAP_COLOURS.get(tap, COLOURS[3])
+                colour = ink if tap == "stem" else figures.TAP_COLOURS[tap]
                 if tap:
                     axis.text(
                         place, height - 0.38, f"\u25cf {tap}", ha="center", va="center", color=colour, weight="bold"

@@ -98,12 +98,10 @@ def prune(
     known, y = features(network, list(places.values()), train)
     kept, held = held_out(y.cpu(), share)
     for name, activations in known.items():
-        data = optimum.problem(activations[kept], y[kept], int(y.max()) + 1)
-        best = optimum.choose(data, activations[held], y[held], log=lambda said: None).best
-        means = snp.class_means(activations[held], y[held], data.num_labels)
-        fields = snp.field_matrices(best.weight.unflatten(1, activations.shape[1:]), means)
+        unseen, labels = activations[held], int(y.max()) + 1
+        fields = andc.unseen_fields(activations[kept], y[kept], unseen, y[held], labels, lambda said: None)
         sets[name] = snp.diagonal_labels(snp.boolean_matrices(fields, threshold))
-        sizes[name] = activations[held].square().mean(dim=(0, 1)).sqrt()
+        sizes[name] = unseen.square().mean(dim=(0, 1)).sqrt()
     pairs = {layer: (into.name, out.name) for layer, (into, out) in connections.items()}
     generator, intact, rows = torch.Generator().manual_seed(seed), _answers(network, test), []
     norms = {layer: sizes[into] for layer, (into, _) in pairs.items()}

@@ -87,7 +87,12 @@ def cnn_taps(network: nn.Module) -> list[Tap]:
 
 def places(network: nn.Module, kinds: Iterable[str]) -> list[Tap]:
     """The taps of any network of `paperlib.models`, of the given kinds."""
-    return cnn_taps(network) if hasattr(network, "features") else cct_taps(network, kinds)
+    return cnn_taps(network) if is_cnn(network) else cct_taps(network, kinds)
+
+
+def is_cnn(network: nn.Module) -> bool:
+    """Whether a network of this project has layers of filters, and not encoders."""
+    return hasattr(network, "features")
 
 
 class AllRecorded(Exception):

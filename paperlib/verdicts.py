@@ -118,18 +118,20 @@ def curves(tables: dict[str, pd.DataFrame], network: str, tap: str, column: str,
     folds = _chosen(tables["folds"], network, tap, where).pivot_table(
         index=["seed", "encoder"], columns="fold", values=column
     )
-    values, draws = points.mean(axis=1).unstack(), []
-    weights = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0))  # seeds share their images
+    values = points.mean(axis=1).unstack()
+    # Only one rotation is measured without each fold: what images do to it is taken for what they do to the mean.
+    spread = points.sem(axis=1).unstack() if points.shape[1] > 1 else values * errors
+    return _drawn(values, folds, spread, f"{network} {tap} {column} {where}")
+
+
+def _drawn(values: pd.DataFrame, folds: pd.DataFrame, spread: pd.DataFrame, name: str) -> Curves:
+    """Curves from values and their standard errors for other reasons than images, seed x encoder, and values without
+    each fold, (seed, encoder) x fold. What has another name errs independently."""
+    weights, draws = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0)), []  # seeds share their images
     for seed, curve in zip(values.index, values.to_numpy(), strict=True):
-        # Only one rotation is measured without each fold: what images do to it is taken for what they do to the mean.
-        without = folds.loc[seed].to_numpy()
-        rotations = points.loc[seed].to_numpy()
-        if rotations.shape[1] > 1:
-            spread = rotations.std(axis=1, ddof=1) / rotations.shape[1] ** 0.5
-        else:
-            spread = curve * errors.loc[seed].to_numpy()
-        rng = np.random.default_rng([int(seed), *f"{network} {tap} {column} {where}".encode()])
-        draws.append(fold_draws(curve, without, weights) + spread * rng.normal(size=(DRAWS, len(curve))))
+        rng = np.random.default_rng([int(seed), *name.encode()])
+        noise = spread.loc[seed].to_numpy() * rng.normal(size=(DRAWS, len(curve)))
+        draws.append(fold_draws(curve, folds.loc[seed].to_numpy(), weights) + noise)
     return Curves(tuple(values.index), values.to_numpy(), np.stack(draws))
 
 
@@ -267,14 +269,9 @@ def by_fold(table: pd.DataFrame, name: str, column: str, error: str = "") -> Cur
     if points.isna().any(axis=None) or (spread is not None and spread.isna().any(axis=None)):
         encoder = points[points.isna().any(axis=1)].index.get_level_values("encoder").min()
         raise ValueError(f"{column} of {name} is no number in encoder {encoder}: there is nothing to judge")
-    values, folds = points[-1].unstack(), points.drop(columns=-1)
-    weights, draws = fold_weights(folds.shape[1], DRAWS, np.random.default_rng(0)), []  # seeds share their images
+    values = points[-1].unstack()
     spread = values * 0 if spread is None else spread
-    for seed, curve in zip(values.index, values.to_numpy(), strict=True):
-        rng = np.random.default_rng([int(seed), *f"{name} {column} {error}".encode()])
-        noise = spread.loc[seed].to_numpy() * rng.normal(size=(DRAWS, len(curve)))
-        draws.append(fold_draws(curve, folds.loc[seed].to_numpy(), weights) + noise)
-    return Curves(tuple(values.index), values.to_numpy(), np.stack(draws))
+    return _drawn(values, points.drop(columns=-1), spread, f"{name} {column} {error}")
 
 
 def _lowest_late(*curves: np.ndarray) -> np.ndarray:

@@ -55,6 +55,6 @@ def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
         yield measure.nodes(run, seed, kind)
         if heads:
             yield division.specialisation(run, seed, kind)
-            yield division.cooperation(run, seed, kind)
         if heads and kind == "trained":
+            yield division.cooperation(run, seed)
             yield division.ablation(run, seed)

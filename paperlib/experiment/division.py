@@ -120,7 +120,7 @@ def ablation(run: Run, seed: int) -> Stage:
             unseen = answers["held/intact"].int() - answers["held/ablated"][encoder - 1].int()
             cost = heads.mean_by_label(unseen.T.float(), y_held, len(run.images.classes)).T
             best = heads.interactions(cost, torch.zeros(cost.shape[1], dtype=torch.long)).argmax(dim=0)
-            for name, owner in (*_owners_of(sources, encoder, len(best)), ("best", best)):
+            for name, owner in (*_owners_of(sources, encoder), ("best", best)):
                 generator = training.generator(seed, "reassigned owners", encoder, name)
                 own = owner[owner >= 0]
                 order = torch.rand(run.settings.permutations, len(own), generator=generator).argsort(dim=1)
@@ -142,22 +142,22 @@ def ablation(run: Run, seed: int) -> Stage:
     return run.stage(f"ablation-seed{seed}", config, inputs, make)
 
 
-def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
+def cooperation(run: Run, seed: int) -> Stage:
     """Stage: how well sets of a head's nodes recognise the head's own labels, against as many nodes of heads that are
     put together at random and own labels by the same count, and against as many rotated nodes of the head.
 
-    cooperation.csv: seed, network, encoder, nodes (head, dealt, rotated), draw, fold (-1: all test images; others for
+    cooperation.csv: seed, encoder, nodes (head, dealt, rotated), draw, fold (-1: all test images; others for
     whole heads and sets of `heads.FEW` only), size, whole (all nodes of a head; with more, all of the encoder), and the
     columns of `heads.cooperation_table`: `choice`, the share of the owner's other labels that get a smaller field than
     the image's own, is what says that a head is expert: 0.5 by chance, and blind to a shift of all answers towards its
     labels.
     """
-    source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
-    network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
+    source, read = measure.nodes(run, seed, "trained"), measure.readouts(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
     s = run.settings
 
     def make(folder: Path) -> None:
-        images, places, parts = measure.prepared(run, seed, kind, network), _places(network), []
+        images, places, parts = run.images.to(training.best_device()), _places(network), []
         held, weights = source.tensors("means"), read.tensors("weights")
         fold = measure.fold_of(images.y_test)
         for place in places:  # one at a time: 2,100 sets answer every image
@@ -171,7 +171,7 @@ def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
                 _scored(activations[fold == number], images.y_test[fold == number], weight, rotation, sets, own)
                 for number in range(measure.FOLDS)
             ]
-            row = {"seed": seed, "network": kind, "encoder": place.encoder}
+            row = {"seed": seed, "encoder": place.encoder}
             for left_out in range(WHOLE, measure.FOLDS):
                 kept = [part for number, part in enumerate(measured) if number != left_out]
                 for table in _cooperating(sets, own, kept, place.heads):
@@ -180,9 +180,9 @@ def cooperation(run: Run, seed: int, kind: str = "trained") -> Stage:
                     parts.append(table.assign(**row, fold=left_out))
         save_table(folder / "cooperation.csv", pd.concat(parts))
 
-    config = run.config("threshold") | {"seed": seed, "kind": kind, "sets": [heads.OWN_ORDERS, heads.DEALINGS]}
+    config = run.config("threshold") | {"seed": seed, "sets": [heads.OWN_ORDERS, heads.DEALINGS]}
     inputs |= {"nodes": source.sha256, "readouts": read.sha256}
-    return run.stage(f"cooperation-{kind}-seed{seed}", config, inputs, make)
+    return run.stage(f"cooperation-trained-seed{seed}", config, inputs, make)
 
 
 def _places(network: nn.Module) -> list[Tap]:
@@ -193,8 +193,7 @@ def _places(network: nn.Module) -> list[Tap]:
 def _bases(seed: int, place: Tap, nodes: int) -> Iterator[tuple[str, Tensor | None]]:
     """native, and the rotations within heads that `measure.nodes` takes."""
     yield "native", None
-    generator = training.generator(seed, "rotations", place.name)
-    for number, rotation in enumerate(snp.rotations(nodes, snp.ROTATIONS, generator, place.groups)):
+    for number, rotation in enumerate(measure.rotations(seed, place, nodes)):
         yield f"rotated-{number}", rotation
 
 
@@ -237,7 +236,7 @@ def _answers(network: nn.Module, x: Tensor, labels: Tensor, images: Images) -> t
     return torch.cat(intact) == labels, torch.cat(ablated, dim=2) == labels
 
 
-def _owners_of(sources: dict[str, Stage], encoder: int, labels: int) -> Iterator[tuple[str, Tensor]]:
+def _owners_of(sources: dict[str, Stage], encoder: int) -> Iterator[tuple[str, Tensor]]:
     """Owners (L,) of one encoder by every basis of the trained network, and by readouts of reassigned labels."""
     for kind, source in sources.items():
         table = source.table("owners")

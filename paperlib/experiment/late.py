@@ -9,12 +9,13 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from paperlib import andc, optimum, snp, taps, training
+from paperlib import andc, taps, training
 from paperlib.data import Inputs
 from paperlib.experiment import measure
 from paperlib.experiment.networks import ARCHITECTURE, SPLIT, load_network, recipe
@@ -49,10 +50,8 @@ def label_sets(run: Run, seed: int) -> Stage:
         for place in _ends(network):
             activations = taps.features(network, [place], pictures, *images.statistics)[place.name]
             own, unseen = activations[: len(y)], activations[len(y) :]
-            data = optimum.problem(own, y, len(images.classes))
-            best = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}")).best
-            means = snp.class_means(unseen, y_held, len(images.classes))
-            fields[place.name] = snp.field_matrices(best.weight.unflatten(1, own.shape[1:]), means)
+            log = partial(_said, run, place.name)
+            fields[place.name] = andc.unseen_fields(own, y, unseen, y_held, len(images.classes), log)
             norms[place.name] = unseen.square().mean(dim=(0, 1)).sqrt()
         save_arrays(folder / "sets.npz", andc.recognised_labels(fields, run.settings.prune_thresholds))
         save_arrays(folder / "norms.npz", norms)
@@ -109,6 +108,10 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
     return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs | {"sets": source.sha256}, make)
 
 
+def _said(run: Run, tap: str, text: str) -> None:
+    run.log(f"{tap}: {text}")
+
+
 def connections(network: nn.Module, reading: str, encoders: int) -> dict[str, tuple[str, str]]:
     """`andc.connections` of one reading in the last so many encoders, or layers of a CNN."""
     if reading == FILTERS:
@@ -161,16 +164,12 @@ class FilterTail(nn.Module):
 
 
 def tail_of(network: nn.Module, depth: int) -> Tail | FilterTail:
-    return FilterTail(network, depth) if is_cnn(network) else Tail(network, depth)
-
-
-def is_cnn(network: nn.Module) -> bool:
-    return hasattr(network, "features")
+    return FilterTail(network, depth) if taps.is_cnn(network) else Tail(network, depth)
 
 
 def _ends(network: nn.Module) -> list[taps.Tap]:
     """Taps that the layers of all readings lead from or to."""
-    cnn, ends = is_cnn(network), set()
+    cnn, ends = taps.is_cnn(network), set()
     for reading, depth in itertools.product([FILTERS] if cnn else READINGS, DEPTHS[cnn]):
         for pair in connections(network, reading, depth).values():
             ends |= {*pair}

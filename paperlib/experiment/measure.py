@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from paperlib import optimum, snp, taps, training
 from paperlib.data import BATCH, Images, balanced, held_out, ranked
-from paperlib.experiment.networks import ARCHITECTURE, SPLIT, calibration_images, load_network, refresh_statistics
+from paperlib.experiment.networks import (
+    ARCHITECTURE,
+    NETWORKS,
+    SPLIT,
+    calibration_images,
+    load_network,
+    refresh_statistics,
+)
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_arrays, save_table, save_tensors, whole
 from paperlib.readouts import head_fields
@@ -57,11 +64,11 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
     return run.stage(f"readouts-at-optimum-{kind}-seed{seed}", config, inputs, make)
 
 
-def tables(run: Run, kinds: tuple[str, ...] = ("trained", "random")) -> dict[str, pd.DataFrame]:
-    """The tables of `nodes` (taps, folds, variants) and of `readouts`, of all seeds and these kinds of networks, and of
-    shuffled labels for the first seed."""
+def tables(run: Run) -> dict[str, pd.DataFrame]:
+    """The tables of `nodes` (taps, folds, variants) and of `readouts`, of trained and random networks of all seeds, and
+    of shuffled labels for the first one."""
     first = run.settings.seeds[0]
-    parts = [(seed, kind) for seed in run.settings.seeds for kind in kinds] + [(first, "shuffled")]
+    parts = [(seed, kind) for seed in run.settings.seeds for kind in NETWORKS] + [(first, "shuffled")]
     found = {
         name: pd.concat([nodes(run, *part).table(name) for part in parts]) for name in ("taps", "folds", "variants")
     }
@@ -94,8 +101,7 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
         for place in places:
             name, by_fold = place.name, sums.pop(place.name)
             row = {"seed": seed, "network": kind, "encoder": place.encoder, "tap": place.kind}
-            whole_sum, generator = by_fold.sum(dim=0), training.generator(seed, "rotations", name)
-            drawn = snp.rotations(by_fold.shape[-1], snp.ROTATIONS, generator, place.groups)
+            whole_sum, drawn = by_fold.sum(dim=0), rotations(seed, place, by_fold.shape[-1])
             means[name] = snp.means_of(whole_sum, images_of)
             means[f"held/{name}"] = snp.means_of(unseen.pop(name)[0], seen[0])
             found, of_nodes = _of_tap(best[name], means[name], drawn, thresholds)
@@ -143,6 +149,11 @@ def prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
     if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         refresh_statistics(network, calibration_images(run, seed, images), images)
     return images
+
+
+def rotations(seed: int, place: Tap, nodes: int) -> Tensor:
+    """The rotations of a tap's nodes that everything of a seed is measured with: (draws, D, D)."""
+    return snp.rotations(nodes, snp.ROTATIONS, training.generator(seed, "rotations", place.name), place.groups)
 
 
 def _of_tap(

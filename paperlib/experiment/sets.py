@@ -51,7 +51,7 @@ def sets_of_nodes(run: Run, seed: int, kind: str = "trained") -> Stage:
             pictures = torch.cat([images.x_train[held], images.x_test])
             activations = taps.features(network, [place], pictures, *images.statistics)[place.name]
             nodes = activations[: len(held)], activations[len(held) :]
-            turn = snp.rotations(weight.shape[2], 1, training.generator(seed, "rotations", place.name), place.groups)[0]
+            turn = measure.rotations(seed, place, weight.shape[2])[0]
             labels = images.y_train[held], images.y_test
             turned = [snp.rotated(part, turn) for part in nodes], snp.rotated(weight, turn)
             for basis, (own, readout) in (("native", (nodes, weight)), ("rotated", turned)):

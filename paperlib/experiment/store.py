@@ -111,7 +111,7 @@ class Run:
         if "code" not in stage.manifest:
             return replace(stage, outdated=None)
         now = provenance.made_by(module)
-        changed = {name for name in provenance.changed(stage.manifest["code"], now)}
+        changed = set(provenance.changed(stage.manifest["code"], now))
         for other in self.finished.values():
             if other.sha256 in inputs.values():
                 changed |= {*(other.outdated or ())}
@@ -149,10 +149,10 @@ class Run:
             raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = locked(folder.parent / ".lock", "")
-        except RuntimeError:
+            lock = locked(folder.parent / ".lock")
+        except Timeout:
             self.log(f"{record['stage']}: another run is working on it: waiting until it is done, or stopped")
-            lock = locked(folder.parent / ".lock", "", seconds=-1)
+            lock = locked(folder.parent / ".lock", seconds=-1)
         with lock:
             return self._found(folder, record) or self._made(folder, record, make)
 
@@ -234,7 +234,11 @@ class Run:
         """
         path = self.output / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(".summary.lock"), f"another notebook holds {path} for minutes: stop it", 120):
+        try:
+            lock = locked(path.with_name(".summary.lock"), seconds=120)
+        except Timeout:
+            raise RuntimeError(f"another notebook holds {path} for minutes: stop it") from None
+        with lock:
             files.write_json(path, self._summary(path, notebook, results, verdicts))
 
     def _summary(self, path: Path, notebook: str, results: dict[str, Any], verdicts: list[dict]) -> dict[str, Any]:
@@ -275,20 +279,15 @@ def _entry(stage: Stage) -> dict[str, Any]:
     }
 
 
-def locked(path: Path, otherwise: str, seconds: float = 0) -> AbstractContextManager:
-    """A lock to hold in a `with` block; RuntimeError with this sentence after so many seconds (-1: never). On a file
-    system without locks (some of clusters have none) a second file is one, while the process that made it lives."""
+def locked(path: Path, seconds: float = 0) -> AbstractContextManager:
+    """A lock to hold in a `with` block; Timeout after so many seconds (-1: never). On a file system without locks (some
+    of clusters have none) a second file is one, while the process that made it lives."""
     try:
         return FileLock(path).acquire(timeout=seconds)
-    except Timeout:
-        raise RuntimeError(otherwise) from None
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+        if isinstance(error, Timeout) or error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
             raise
-    try:
-        return SoftFileLock(path.with_suffix(".soft")).acquire(timeout=seconds)
-    except Timeout:
-        raise RuntimeError(otherwise) from None
+    return SoftFileLock(path.with_suffix(".soft")).acquire(timeout=seconds)
 
 
 def stamp_of(config: dict[str, Any], data_sha256: str) -> str:
