@@ -130,10 +130,10 @@ def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     return f"ranking {'yes' if rank > 0.8 else 'no'}, size {size}", number
 
 
-def _nodes(taps: pd.DataFrame, centred: bool = False) -> pd.DataFrame:
-    """SNR, accuracy and labels of a node, mean over seeds, of native nodes, and SNR of rotated ones: index (network,
+def _nodes(taps: pd.DataFrame) -> pd.DataFrame:
+    """Raw SNR, accuracy and labels of a node, mean over seeds, of native nodes, and SNR of rotated ones: index (network,
     tap, encoder)."""
-    part = taps[taps.centred == centred]
+    part = taps[~taps.centred]
     groups = ["network", "tap", "encoder"]
     native = part[part.basis == "native"].groupby(groups)[["snr", "accuracy", "labels_per_node"]].mean()
     return native.assign(rotated=part[part.basis != "native"].groupby(groups).snr.mean())
