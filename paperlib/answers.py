@@ -131,8 +131,8 @@ def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
 
 
 def _nodes(taps: pd.DataFrame) -> pd.DataFrame:
-    """Raw SNR, accuracy and labels of a node, mean over seeds, of native nodes, and SNR of rotated ones: index (network,
-    tap, encoder)."""
+    """Raw SNR, accuracy and labels of a node, mean over seeds, of native nodes, and SNR of rotated ones: index
+    (network, tap, encoder)."""
     part = taps[~taps.centred]
     groups = ["network", "tap", "encoder"]
     native = part[part.basis == "native"].groupby(groups)[["snr", "accuracy", "labels_per_node"]].mean()
