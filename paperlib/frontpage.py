@@ -123,11 +123,10 @@ def anatomy(dark: bool = False) -> Figure:
             axis.text(first - 0.4, height + 0.38, text, fontsize=8, va="center", color="grey")
             for place, (operation, tap) in enumerate(chain):
                 axis.text(place, height, operation, ha="center", va="center", fontsize=8, bbox=box)
+                if not tap:
+                    continue
                 colour = ink if tap == "stem" else figures.TAP_COLOURS[tap]
-                if tap:
-                    axis.text(
-                        place, height - 0.38, f"\u25cf {tap}", ha="center", va="center", color=colour, weight="bold"
-                    )
+                axis.text(place, height - 0.38, f"\u25cf {tap}", ha="center", va="center", color=colour, weight="bold")
         axis.set(xlim=(-1.3, 9.7), ylim=(-0.7, 2.3))
         axis.axis("off")
         plt.close(figure)
