@@ -128,7 +128,7 @@ def test_a_profile_walks_when_cut_short(folders, write_cache, capsys):
     assert main(["run", profile, "--set", *CUT, "weights=trained", "retrain_thresholds=[0.3]"]) == 0
     (figures,) = (folders / "runs" / profile).glob("changed-*")
     named = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf", "svg", "csv")}
-    left = {path.name for path in figures.iterdir() if path.suffix != ".ipynb"}
+    left = {path.name for path in figures.iterdir() if path.suffix != ".ipynb" and not path.name.startswith(".")}
     assert left == {"summary.json", "report.html"} | named
     summary = json.loads((figures / "summary.json").read_text())
     assert summary["config"]["max_steps"] == 2 and summary["data"]["name"] == settings.data
