@@ -256,6 +256,20 @@ def test_every_table_that_is_made_stands_on_a_page():
         assert text.count(mark) == 1
 
 
+@pytest.mark.slow
+def test_cases_of_the_page_on_robustness_are_counted():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "tests"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    collected = re.findall(r"^tests/((test_\w+\.py)::\w+)", listed, flags=re.M)
+    rows = re.findall(r"\| (\d+) \| (`test_.*`) \|$", (ROOT / "docs" / "robustness.md").read_text(), flags=re.M)
+    assert len(rows) > 10
+    for number, tests in rows:
+        named = re.findall(r"`([^`]+)`", tests)
+        cases = {name: sum(name in case for case in collected) for name in named}
+        drawn = "test_interruptions.py" in named  # one test, its number of kills is a choice
+        assert all(cases.values()) and (drawn or sum(cases.values()) == int(number)), (number, cases)
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_start(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
