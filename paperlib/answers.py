@@ -242,6 +242,17 @@ def measured(taps: pd.DataFrame) -> str:
     )
 
 
+def probed(table: pd.DataFrame) -> str:
+    """Of the first and last tap of a table of `probe.probe`."""
+    own, null = (table[table.network == name] for name in ("network", "null"))
+    first, last, other = own.iloc[0], own.iloc[-1], null.iloc[-1]
+    return (
+        f"SNR goes from {first.snr:.1f} in {first.tap} to {last.snr:.1f} in {last.tap}, whose readout answers "
+        f"{100 * last.accuracy:.0f} %. There, random weights have {other.snr:.1f} and {100 * other.accuracy:.0f} %, "
+        f"and rotated nodes {last.snr_rotated:.1f}."
+    )
+
+
 def which(taps: pd.DataFrame) -> str:
     """Of native over rotated SNR in the last encoder: does it matter which node?"""
     found = _nodes(taps)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paperlib import files
 from paperlib.data import EMBEDDED, Images
+from paperlib.taps import encoder_of
 
 if TYPE_CHECKING:
     from paperlib.experiment.store import Run
@@ -510,26 +511,42 @@ def along_depth(taps: pd.DataFrame, data: str) -> Figure:
     threshold): trained; dotted: the same with rotated nodes; dashed: random weights."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3))
     panels = (("accuracy", 100, False), ("snr", 1, False), ("snr", 1, True))
-    shown = [tap for tap in ("ff1", "attn", "block", "conv") if tap in set(taps.tap)]
+    known = [tap for tap in ("ff1", "attn", "block", "conv") if tap in set(taps.tap)]
+    shown = dict(zip(sorted(set(taps.tap) - set(known)), COLOURS[4:], strict=False))  # of networks of others
+    shown = {tap: TAP_COLOURS[tap] for tap in known} | shown
     for axis, (column, scale, centred) in zip(axes, panels, strict=True):
-        for tap in shown:
+        for tap, colour in shown.items():
             part = taps[(taps.tap == tap) & (taps.centred == centred)]
-            native, colour = part[part.basis == "native"], TAP_COLOURS[tap]
+            native = part[part.basis == "native"]
             _curve(axis, native[native.network == "trained"], column, scale, "o-", colour)
             _curve(axis, native[native.network == "random"], column, scale, "x--", colour)
             if column == "snr":
                 rotated = part[(part.basis != "native") & (part.network == "trained")]
                 _curve(axis, rotated, column, scale, ":", colour)
-        axis.set(xlabel="encoder" if "conv" not in shown else "layer")
+        axis.set(xlabel="encoder" if {*known} - {"conv"} else "layer")
     axes[0].set(ylabel="readout accuracy (%)", ylim=(0, None))
     axes[1].set(ylabel="SNR")
     axes[2].set(ylabel="centred SNR")
-    for tap in shown:
-        axes[0].plot([], [], "o-", ms=4, color=TAP_COLOURS[tap], label=tap)
+    for tap, colour in shown.items():
+        axes[0].plot([], [], "o-", ms=4, color=colour, label=tap)
     for line, name in (("-", "trained"), (":", "rotated nodes"), ("--", "random weights")):
         axes[0].plot([], [], line, color="grey", label=name)
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)
     return _stamped(figure, data, data, taps)
+
+
+def probed(table: pd.DataFrame, data: str) -> Figure:
+    """The table of `probe.probe` as `along_depth` draws it: the network, its rotated nodes and its null."""
+    rows = table.assign(
+        encoder=table.tap.map(encoder_of), tap=table.tap.str.partition(".")[2], seed=0,
+        network=table.network.map({"network": "trained", "null": "random"}),
+    )  # fmt: skip
+    parts = [
+        rows.assign(snr=rows[f"{column}{suffix}"], centred=centred, basis=basis)
+        for column, centred in (("snr", False), ("centred", True))
+        for suffix, basis in (("", "native"), ("_rotated", "rotated"))
+    ]
+    return along_depth(pd.concat(parts), data)
 
 
 @in_style(STYLE)

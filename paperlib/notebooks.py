@@ -5,10 +5,11 @@ from pathlib import Path
 
 import nbformat
 
-from paperlib.data import TEXTS
+from paperlib.data import EMBEDDED, TEXTS
 from paperlib.paths import root
 
 TEXT = "07_text"  # the notebook of texts; all others are of images
+OWN = "08_your_network"  # trains a network of another library on the embedded images
 START = "00_start_here"  # reads what the others have measured, so it is run last and records nothing
 
 
@@ -19,7 +20,9 @@ def notebook_files() -> list[Path]:
 
 def notebooks_of(data_name: str) -> list[Path]:
     """The notebooks of a walk on this data set, in their order."""
-    return [path for path in notebook_files() if (path.stem == TEXT) == (data_name in TEXTS)]
+    if data_name in TEXTS:
+        return [path for path in notebook_files() if path.stem == TEXT]
+    return [path for path in notebook_files() if path.stem != TEXT and (path.stem != OWN or data_name in EMBEDDED)]
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:

@@ -11,12 +11,16 @@ Shapes: n images, F = T * D features, L labels.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from paperlib.training import fast_bf16
+
+Found = TypeVar("Found")
 
 GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
 EXTENSIONS = 8  # decades by which the grid may grow at either end
@@ -269,16 +273,35 @@ class Choice:
     tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
 
 
-def choose(
+def best(
     data: Problem, held_out: Tensor, labels: Tensor, grid: Iterable[float] = GRID, log: Callable[[str], None] = print
-) -> Choice:
-    """The penalty of a grid with the highest accuracy on held-out features (m, F), labels (m,), and its readout.
+) -> Optimum:
+    """The readout with the penalty of a grid that has the highest accuracy on held-out features (m, F), labels (m,).
 
     Penalties are tried from the largest down, each from the optimum before, until accuracy has fallen twice. A best one
     at the edge of the grid is not believed: the grid is extended by decades, and the log says so. Of equally accurate
     penalties the largest is taken. One whose readouts the machine's numbers cannot settle is left out, and the log says
     so; RuntimeError if that leaves none.
     """
+    return _search(data, held_out, labels, grid, log, lambda l2, start, tried: solve(data, l2, start))
+
+
+def choose(
+    data: Problem, held_out: Tensor, labels: Tensor, grid: Iterable[float] = GRID, log: Callable[[str], None] = print
+) -> Choice:
+    """What `best` finds, and the readouts around it."""
+    return _search(data, held_out, labels, grid, log, partial(_around, data))
+
+
+def _search(
+    data: Problem,
+    held_out: Tensor,
+    labels: Tensor,
+    grid: Iterable[float],
+    log: Callable[[str], None],
+    finish: Callable[[float, Optimum, list[dict]], Found],
+) -> Found:
+    """`finish` of the best penalty that it can settle, from a readout to start from and the penalties tried."""
     held_out, tried, found = held_out.flatten(1), {}, None
 
     def score(l2: float, start: Optimum | None) -> Optimum:
@@ -287,7 +310,7 @@ def choose(
         tried[l2] = {"l2": l2, "accuracy": accuracy, "steps": solved.steps}
         return solved
 
-    def best() -> float:
+    def leading() -> float:
         return max(tried, key=lambda l2: (tried[l2]["accuracy"], l2))
 
     for l2 in sorted(grid, reverse=True):
@@ -296,8 +319,8 @@ def choose(
         except RuntimeError as error:
             log(f"{l2:g} is left out: {error}")
             continue
-        highest = tried[best()]["accuracy"]
-        if sum(row["accuracy"] < highest for row in tried.values() if row["l2"] < best()) == 2:
+        highest = tried[leading()]["accuracy"]
+        if sum(row["accuracy"] < highest for row in tried.values() if row["l2"] < leading()) == 2:
             break
     for edge, factor in ((max, 10.0), (min, 0.1)):
         for _ in range(EXTENSIONS):
@@ -314,7 +337,7 @@ def choose(
                 break
     for l2 in sorted(tried, key=lambda l2: (-tried[l2]["accuracy"], -l2)):
         try:
-            return _around(data, l2, found, [tried[key] for key in sorted(tried)])
+            return finish(l2, found, [tried[key] for key in sorted(tried)])
         except RuntimeError as error:
             log(f"{l2:g} is left out: {error}")
     raise RuntimeError("no penalty has a readout that could be solved: take another tap, or more images")

@@ -1,7 +1,8 @@
 """The measure for a network of one's own: any module, any batches -> how clean its nodes are, whether heads share the
-labels out, and what can be pruned by shared labels, each with its nulls."""
+labels out, and what can be pruned by shared labels, each with its nulls, and beforehand what that costs."""
 
 import copy
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,11 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from paperlib import andc, heads, optimum, snp
-from paperlib.data import held_out
+from paperlib import andc, foreign, heads, optimum, snp
+from paperlib.data import folder, held_out
 from paperlib.taps import Tap, counted, recording
 
 PERMUTATIONS = 200  # of nodes among heads
+GRADIENTS = 400  # as long as these take the readouts of one tap, all penalties together: typical, not a bound
 
 
 def probe(
@@ -35,26 +37,99 @@ def probe(
     random directions that carry the same information), centred and centred_rotated (without the offset), labels
     (recognised per node), l2 (chosen penalty), and of taps with heads excess and excess_rotated: by how many nats they
     specialise more than permuted nodes (`heads.specialisation`). Raises ValueError, in one sentence, for what cannot be
-    measured.
+    measured, or not in this machine's memory.
     """
-    train, test, rows = list(train), list(test), []
+    train, test, rows = _listed(train), _listed(test), []
+    _check_memory(cost(network, taps, train, test))
     for name, one in (("network", network), *([("null", null)] if null is not None else [])):
         known, y = features(one, taps, train)
         unseen, y_test = features(one, taps, test)
         if missing := sorted(set(y_test.tolist()) - set(y.tolist())):
             raise ValueError(f"label {missing[0]} has test examples only: a readout needs some to learn from")
-        kept, held = held_out(y.cpu(), share)
         for tap in taps:  # before any work
             snp.check_rotation(known[tap.name].shape[2], tap.groups)
         for tap in taps:
-            own = known[tap.name]
-            data = optimum.problem(own[kept], y[kept], int(y.max()) + 1)
-            best = optimum.choose(data, own[held], y[held], log=lambda said: None).best
+            best, weight = _readout(known[tap.name], y, share)
             right = (unseen[tap.name].flatten(1) @ best.weight.T).argmax(dim=1) == y_test
             row = {"network": name, "tap": tap.name, "accuracy": right.float().mean().item()}
-            means = snp.class_means(unseen[tap.name], y_test, data.num_labels)
-            row |= _nodes(best.weight.unflatten(1, own.shape[1:]), means, tap, threshold)
+            means = snp.class_means(unseen[tap.name], y_test, len(weight))
+            row |= _nodes(weight, means, tap, threshold)
             rows.append(row | {"l2": best.l2})
+    return pd.DataFrame(rows)
+
+
+def _readout(own: Tensor, y: Tensor, share: float) -> tuple[optimum.Optimum, Tensor]:
+    """The readout of activations (n, T, D) at its optimum, and its weights as (L, T, D)."""
+    kept, held = held_out(y.cpu(), share)
+    data = optimum.problem(own[kept], y[kept], int(y.max()) + 1)
+    best = optimum.best(data, own[held], y[held], log=lambda said: None)
+    return best, best.weight.unflatten(1, own.shape[1:])
+
+
+def cost(network: nn.Module, taps: list[Tap], train: Iterable, test: Iterable) -> pd.DataFrame:
+    """What measuring one network will take, from a pass of the first batch: one row a tap. Columns: tap, positions,
+    nodes, gigabytes (of its activations, and of the readout's copies while it is solved), seconds (of its readouts,
+    estimated from one gradient, and its share of the passes). Arguments and errors as of `probe`."""
+    train, test = _listed(train), _listed(test)
+    start = time.perf_counter()
+    first, labels = features(network, taps, train[:1])
+    passes = (time.perf_counter() - start) / len(labels)  # an example
+    learnt, scored = (sum(len(batch[1]) for batch in batches) for batches in (train, test))
+    number, rows = 1 + max(int(torch.as_tensor(batch[1]).max()) for batch in train), []
+    for name, own in first.items():
+        weight = own.new_zeros(own[0].numel(), number)
+        start = time.perf_counter()
+        own.flatten(1).T @ (own.flatten(1) @ weight)
+        gradient = (time.perf_counter() - start) * learnt / len(labels)
+        row = {"tap": name, "positions": own.shape[1], "nodes": own.shape[2]}
+        row["gigabytes"] = (own[0].numel() * 4 * (2.5 * learnt + scored)) / 1e9
+        rows.append(row | {"seconds": GRADIENTS * gradient + passes * (learnt + scored) / len(first)})
+    return pd.DataFrame(rows)
+
+
+def _check_memory(costs: pd.DataFrame) -> None:
+    needed, there = costs.gigabytes.sum(), folder.machine_memory() / 1e9
+    if needed > there:
+        raise ValueError(
+            f"{len(costs)} taps need {needed:.1f} GB of memory, and this machine has {there:.1f} GB: "
+            "measure fewer at a time, pooled ones (pooled=True), or fewer examples"
+        )
+
+
+def node_fields(network: nn.Module, tap: Tap, train: Iterable, test: Iterable, share: float = 0.1) -> Tensor:
+    """Field matrices of a tap's nodes on the test examples, of the readout at its optimum: (D, L, L). Arguments and
+    errors as of `probe`."""
+    known, y = features(network, [tap], train)
+    unseen, y_test = features(network, [tap], test)
+    _, weight = _readout(known[tap.name], y, share)
+    return snp.field_matrices(weight, snp.class_means(unseen[tap.name], y_test, len(weight)))
+
+
+def silence(
+    network: nn.Module, tap: Tap, train: Iterable, test: Iterable, threshold: float = 0.3, share: float = 0.1
+) -> pd.DataFrame:
+    """What silencing each head costs the labels that it owns, and the others: one row a head.
+
+    tap: one with heads; a head owns the labels that most of its nodes recognise, on the last share of each label's
+    training examples; ties are drawn. Columns: head, labels (owned), lost_own and lost_other (accuracy of the network's
+    own answers on test examples, -1..1; none without such labels). ValueError as in `probe`.
+    """
+    if tap.heads < 2:
+        raise ValueError(f"tap {tap.name} has {tap.heads or 'no'} heads: take one with heads, such as `attn`")
+    test, rows = _listed(test), []
+    sets, _ = _recognised(network, [tap], train, threshold, share)
+    counts = heads.counts_of(sets[tap.name], tap.heads)
+    owner = heads.assign_labels(counts.cpu(), torch.Generator().manual_seed(0)).owner
+    y_test = torch.cat([torch.as_tensor(labels) for _, labels in test])
+    intact = _answers(network, test).cpu()
+    for head in range(tap.heads):
+        with foreign.silenced(network, tap, head):
+            lost = intact.double() - _answers(network, test).cpu().double()
+        mine = owner[y_test] == head
+        part = {name: lost[of].mean().item() if of.any() else None for name, of in (("own", mine), ("other", ~mine))}
+        rows.append(
+            {"head": head, "labels": int((owner == head).sum())} | {f"lost_{key}": of for key, of in part.items()}
+        )
     return pd.DataFrame(rows)
 
 
@@ -93,15 +168,9 @@ def prune(
     (andc, random, permuted, magnitude, activation), dilution (0..1), accuracy of the network's own answers, loss and
     loss_se (against the unpruned network, on the same examples), all right after pruning. ValueError as in `probe`.
     """
-    test, sets, sizes = list(test), {}, {}
+    test = _listed(test)
     places = {tap.name: tap for pair in connections.values() for tap in pair}
-    known, y = features(network, list(places.values()), train)
-    kept, held = held_out(y.cpu(), share)
-    for name, activations in known.items():
-        unseen, labels = activations[held], int(y.max()) + 1
-        fields = andc.unseen_fields(activations[kept], y[kept], unseen, y[held], labels, lambda said: None)
-        sets[name] = snp.diagonal_labels(snp.boolean_matrices(fields, threshold))
-        sizes[name] = unseen.square().mean(dim=(0, 1)).sqrt()
+    sets, sizes = _recognised(network, list(places.values()), train, threshold, share)
     pairs = {layer: (into.name, out.name) for layer, (into, out) in connections.items()}
     generator, intact, rows = torch.Generator().manual_seed(seed), _answers(network, test), []
     norms = {layer: sizes[into] for layer, (into, _) in pairs.items()}
@@ -109,6 +178,31 @@ def prune(
         right = _answers(andc.apply_masks(copy.deepcopy(network), chosen), test)
         rows.append({"method": method, "dilution": andc.dilution(chosen)} | andc.accuracy_loss("", intact, right))
     return pd.DataFrame(rows)
+
+
+def _recognised(
+    network: nn.Module, taps: list[Tap], train: Iterable, threshold: float, share: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The labels that nodes recognise (D, L) bool, and their size (D,), on the last share of each label's examples: tap
+    name -> each."""
+    known, y = features(network, taps, train)
+    kept, held = held_out(y.cpu(), share)
+    sets, sizes = {}, {}
+    for name, own in known.items():
+        fields = andc.unseen_fields(own[kept], y[kept], own[held], y[held], int(y.max()) + 1, lambda said: None)
+        sets[name] = snp.diagonal_labels(snp.boolean_matrices(fields, threshold))
+        sizes[name] = own[held].square().mean(dim=(0, 1)).sqrt()
+    return sets, sizes
+
+
+def _listed(batches: Iterable) -> list:
+    batches = list(batches)
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(f"a batch must be a pair (inputs, labels), not {type(batch).__name__}")
+    if not batches:
+        raise ValueError("there are no batches to measure")
+    return batches
 
 
 @torch.no_grad()
@@ -136,17 +230,12 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
     labels = []
     network.eval()
     with recording(network, taps) as recorded:
-        for batch in batches:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise ValueError(f"a batch must be a pair (inputs, labels), not {type(batch).__name__}")
-            inputs, own = batch
+        for inputs, own in _listed(batches):
             _call(network, inputs, device)
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             for name, parts in found.items():
                 parts.append(counted(recorded[name].float(), mask).clone())
             labels.append(torch.as_tensor(own).to(device))
-    if not labels:
-        raise ValueError("there are no batches to measure")
     for name, parts in found.items():
         if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
             raise ValueError(f"tap {name}: batches have {sorted(shapes)} positions and nodes: pad all to one length")

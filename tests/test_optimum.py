@@ -185,6 +185,7 @@ def test_held_out_images_choose_the_penalty():
     assert (chosen.third.l2, chosen.triple.l2) == (chosen.best.l2 / 3, 3 * chosen.best.l2)
     for solved in (chosen.best, chosen.third, chosen.triple):
         assert solved.gradient <= optimum.TOLERANCE
+    assert torch.equal(optimum.best(data, x, y, log=lambda text: None).weight, chosen.best.weight)
 
 
 def test_large_penalties_that_answer_alike_are_passed():

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paperlib import foreign, optimum, snp
-from paperlib.data import held_out
-from paperlib.probe import features, probe, prune
+from paperlib.data import folder, held_out
+from paperlib.probe import cost, features, node_fields, probe, prune, silence
 from paperlib.taps import Tap
 
 HIDDEN = Tap(1, "hidden", "1")
@@ -47,10 +47,51 @@ def test_the_table_says_what_the_library_says():
     known, unseen = (net[:2](part).detach() for part in (x, x_test))
     kept, held = held_out(y, 0.1)
     data = optimum.problem(known[kept], y[kept], 8)
-    weight = optimum.choose(data, known[held], y[held], log=lambda said: None).best.weight
+    weight = optimum.best(data, known[held], y[held], log=lambda said: None).weight
     fields = snp.field_matrices(weight[:, None], snp.class_means(unseen[:, None], y_test, 8))
     assert row["snr"] == pytest.approx(snp.tap_statistics(snp.boolean_matrices(fields)).snr)
     assert row["accuracy"] == pytest.approx(((unseen @ weight.T).argmax(dim=1) == y_test).float().mean().item())
+
+
+def test_fields_of_nodes_are_those_of_their_readout():
+    net, (x, y), (x_test, y_test) = trained(), examples(), examples(seed=1)
+    fields = node_fields(net, HIDDEN, [(x, y)], [(x_test, y_test)])
+    assert fields.shape == (16, 8, 8)
+    (row,) = probe(net, [HIDDEN], [(x, y)], [(x_test, y_test)]).to_dict("records")
+    assert snp.tap_statistics(snp.boolean_matrices(fields)).snr == pytest.approx(row["snr"])
+
+
+def test_costs_are_known_before_they_are_spent(monkeypatch):
+    (row,) = cost(trained(), [HIDDEN], [examples()], [examples(seed=1)]).to_dict("records")
+    assert (row["tap"], row["positions"], row["nodes"]) == ("1.hidden", 1, 16) and row["seconds"] > 0
+    assert row["gigabytes"] * 1e9 == pytest.approx(4 * 16 * 3.5 * 600)
+    monkeypatch.setattr(folder, "machine_memory", lambda: 100_000)
+    with pytest.raises(ValueError, match=r"1 taps need 0\.0 GB of memory"):
+        probe(trained(), [HIDDEN], [examples()], [examples(seed=1)])
+
+
+class Halves(nn.Module):
+    """Two heads of eight nodes; each label has two nodes of one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.last = nn.Identity(), nn.Linear(16, 8, bias=False)
+        self.last.weight.data = torch.eye(8).repeat_interleave(2, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.heads(x))
+
+
+def test_silenced_heads_cost_the_labels_that_they_own():
+    """Nodes 0 to 7, head 0, answer labels 0 to 3, two nodes each; head 1 the others."""
+    y = torch.arange(400) % 8
+    x = torch.eye(8)[y].repeat_interleave(2, dim=1) + 0.1 * torch.randn(400, 16, generator=torch.manual_seed(0)).abs()
+    tap = Tap(1, "heads", "heads", heads=2, axis=-1)
+    table = silence(Halves(), tap, [(x, y)], [(x, y)])
+    assert table.labels.tolist() == [4, 4]
+    assert (table.lost_own > 0.9).all() and (table.lost_other == 0).all()
+    with pytest.raises(ValueError, match="has no heads"):
+        silence(trained(), HIDDEN, [examples()], [examples()])
 
 
 class Named(nn.Module):

@@ -124,7 +124,10 @@ def test_parameters_are_typed_and_the_same_everywhere(path):
     assert len(tagged) == 1
     names = {node.target.id: ast.unparse(node.annotation) for node in ast.parse(tagged[0].source).body}
     assert names == {"profile": "str", "settings": "dict"}
-    assert path.stem in (notebooks.START, notebooks.TEXT) or tagged[0].source == code_cells(MEASURING[0])[0].source
+    assert (
+        path.stem in (notebooks.START, notebooks.TEXT, notebooks.OWN)
+        or tagged[0].source == code_cells(MEASURING[0])[0].source
+    )
 
 
 @by_name

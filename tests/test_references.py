@@ -87,7 +87,7 @@ def test_a_network_that_never_saw_the_held_out_images_says_so_and_is_scored_as_i
     assert torch.equal(scored.held, held)
     for mine, stored in zip(scored.statistics, (card["mean"], card["std"]), strict=True):
         assert torch.equal(mine.flatten(), torch.tensor(stored))
-    assert "the last 4 training images of each label (400) kept from it" in cards.page(name)
+    assert "the last 4 training examples of each label (400) kept from it" in cards.page(name)
     assert main(["check", "networks"]) == 0
 
 

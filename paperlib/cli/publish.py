@@ -26,6 +26,7 @@ from paperlib.paths import folder_of, root
 
 SHOWN = "cifar100-cpu"  # the profile whose outputs README and the notebooks of images show
 SHOWN_TEXT = "clinc150-cpu"  # and that of the notebook of texts
+SHOWN_OWN = "quick"  # and that of the notebook on networks of others, of which nothing else is published
 FIGURES = (".png", ".pdf", ".svg", ".csv", ".json")
 
 
@@ -53,11 +54,13 @@ def publish_results(profile: str, figures_only: bool) -> None:
     """A finished run's figures, stages, notebooks and tables."""
     run, figures = folder_of("runs") / profile, root() / "figures" / profile
     summary = read_json(run / "walk" / "summary.json")
-    if summary["config"]["weights"] != "reference":
-        raise ValueError(f"{profile} trains networks of its own: only results of committed networks are published")
     if summary["config"] != settings.load_settings(profile).model_dump():
         raise ValueError("the run had other settings than the profile has now: run it again")
-    executed = _executed(profile, run / "walk", summary) if profile in (SHOWN, SHOWN_TEXT) else {}
+    executed = _executed(profile, run / "walk", summary) if profile in (SHOWN, SHOWN_TEXT, SHOWN_OWN) else {}
+    if profile == SHOWN_OWN:
+        return _write({path: notebook for path, notebook in executed.items() if path.stem == notebooks.OWN})
+    if summary["config"]["weights"] != "reference":
+        raise ValueError(f"{profile} trains networks of its own: only results of committed networks are published")
     for path in sorted((run / "walk").iterdir()):
         if path.suffix in FIGURES:
             figures.mkdir(parents=True, exist_ok=True)
@@ -70,8 +73,7 @@ def publish_results(profile: str, figures_only: bool) -> None:
         store_stages(others | {name: stage["key"] for name, stage in summary["stages"].items()}, run / "stages", kept)
     if profile == SHOWN:
         publish_frontpage(figures)
-    for path, notebook in executed.items():
-        write_text(path, nbformat.writes(notebook) + "\n")
+    _write(executed)
     for page in (root() / "README.md", *sorted((root() / "docs").glob("*.md"))):
         to_root = "../" if page.parent.name == "docs" else ""
         write_text(page, pages.with_results(page.read_text(encoding="utf-8"), figures, to_root))
@@ -96,6 +98,11 @@ def _executed(profile: str, folder: Path, summary: dict) -> dict[Path, nbformat.
             except ValueError as error:
                 raise ValueError(f"{path.name}: {error}") from None
     return found
+
+
+def _write(found: dict[Path, nbformat.NotebookNode]) -> None:
+    for path, notebook in found.items():
+        write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def publish_stages(profile: str) -> None:
@@ -156,5 +163,4 @@ def publish_address(address: str) -> None:
     citation = re.sub(r"^repository-code: .*\n", "", (root() / "CITATION.cff").read_text(encoding="utf-8"), flags=re.M)
     write_text(usage, page)
     write_text(root() / "CITATION.cff", f"{citation}repository-code: {address}\n")
-    for path, notebook in found.items():
-        write_text(path, nbformat.writes(notebook) + "\n")
+    _write(found)

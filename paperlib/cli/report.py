@@ -112,6 +112,10 @@ CAPTIONS = {
         "07", "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
         "A curve that knows the number of nodes, in the same encoder.",
     ),
+    "your_network": (
+        "08", "", "Readout accuracy, raw and centred SNR of a network of another library, stage by stage.",
+        "Crosses: the same network with random weights. Dotted: rotated nodes.",
+    ),
 }  # fmt: skip
 
 

@@ -122,9 +122,14 @@ def _bits(image: Image.Image) -> int:
     return tags[BITS][0] if image.mode.startswith("I") and BITS in tags else 16
 
 
+def machine_memory() -> int:
+    """What this machine has, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(images: int, side: int) -> None:
     """Raise ValueError if decoded images would not fit: they are held twice while they are put together."""
-    needed, there = 6 * images * side**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 6 * images * side**2, machine_memory()
     if needed > there:
         raise ValueError(
             f"{images:,} images of {side} x {side} pixels need {needed / 1e9:.1f} GB of memory, and this machine has "

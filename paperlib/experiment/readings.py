@@ -68,7 +68,7 @@ def _pruned(run: Run, seed: int, network: nn.Module, place: Tap) -> tuple[pd.Dat
     features = taps.features(network, [place], pictures, *images.statistics)[place.name]
     own, unseen, test = features.split([len(chosen), len(held), len(images.x_test)])
     data = optimum.problem(own, y, len(images.classes), few=0)
-    whole = optimum.choose(data, unseen, y_held, log=lambda said: run.log(f"{place.name}: {said}")).best
+    whole = optimum.best(data, unseen, y_held, log=lambda said: run.log(f"{place.name}: {said}"))
     weight = whole.weight.unflatten(1, own.shape[1:])
     fields = snp.field_matrices(weight, snp.class_means(unseen, y_held, len(images.classes)))
     size = own.square().mean(dim=0).sqrt()

@@ -68,7 +68,7 @@ def page(name: str) -> str:
 
 def _unseen(facts: dict[str, Any]) -> str:
     held = facts.get("n_held_out", 0)
-    return f"; the last {held // facts['num_classes']} training images of each label ({held:,}) kept from it" * (
+    return f"; the last {held // facts['num_classes']} training examples of each label ({held:,}) kept from it" * (
         held > 0
     )
 
