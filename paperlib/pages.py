@@ -7,7 +7,9 @@ from pathlib import Path
 
 from paperlib import claims, files, models
 from paperlib.answers import CLAIMS, NOT_YET, Answer, answers
+from paperlib.data import TEXTS
 from paperlib.models import cards, reference
+from paperlib.notebooks import TEXT
 
 MADE = "made by python -m paperlib publish"
 HEADLINE = (f"<!-- in short, {{}}: {MADE} -->", "<!-- end of in short -->")
@@ -17,26 +19,31 @@ REFERENCES = (f"<!-- reference networks: {MADE} -->", "<!-- end of networks -->"
 
 
 def headline(found: dict[str, Answer], summary: dict) -> str:
-    """How many claims hold, and which do not, in one bold sentence."""
+    """How many of the claims that were measured hold, and which do not, in one bold sentence."""
+    found = {claim: answer for claim, answer in found.items() if answer.verdict != NOT_YET}
     held = [claim for claim, answer in found.items() if answer.verdict == "supported"]
     others = [
         f"{claim} ({CLAIMS[claim][0]}) is {answer.verdict}" for claim, answer in found.items() if claim not in held
     ]
     n, data = len(summary["seeds"]), summary["data"]["name"]
     networks, rest = "network" if n == 1 else "networks", f": {'; '.join(others)}" if others else ""
-    return f"**{len(held)} of {len(CLAIMS)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
+    return f"**{len(held)} of {len(found)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
 
 
-def answer_table(found: dict[str, Answer]) -> str:
+def answer_table(found: dict[str, Answer], data: str) -> str:
     """One row a claim: what it says, the answer in words, the number to remember, the notebook."""
     lines = ["| claim of the abstract | our answer | in numbers | notebook |", "|---|---|---|---|"]
     for claim, answer in found.items():
-        text, notebook = CLAIMS[claim]
+        text, notebook = CLAIMS[claim][0], _notebook(claim, data)
         words = f"**{answer.verdict}**" + f": {answer.words}" * bool(answer.words)
         lines.append(
             f"| {claim}: {text} | {words} | {answer.number} | [{notebook[:2]}](notebooks/{notebook}.ipynb#verdict) |"
         )
     return "\n".join(lines)
+
+
+def _notebook(claim: str, data: str) -> str:
+    return TEXT if data in TEXTS else CLAIMS[claim][1]
 
 
 def card(folder: Path, claim: str) -> str:
@@ -51,7 +58,8 @@ def verdict_table(summary: dict) -> str:
     """The rows of a summary.json that decide a claim as a Markdown table; a claim is named in its first row."""
     lines = ["| claim (abstract) | measured | effect ± uncertainty | null | verdict |", "|---|---|---|---|---|"]
     words = claims.of_claims(summary["verdicts"])
-    for claim, (text, notebook) in CLAIMS.items():
+    for claim, (text, _) in CLAIMS.items():
+        notebook = _notebook(claim, summary["data"]["name"])
         name = f"{claim}: [{text}](notebooks/{notebook}.ipynb#verdict): **{words.get(claim, NOT_YET)}**"
         rows = [row for row in summary["verdicts"] if row["claim"] == claim and not row["beside"]]
         for number, row in enumerate(rows):
@@ -105,7 +113,7 @@ def with_results(page: str, folder: Path, to_root: str = "") -> str:
 
     blocks: dict[str, tuple[str, Callable[[], str]]] = {
         HEADLINE[0].format(profile): (HEADLINE[1], lambda: headline(answers(folder), summary)),
-        ANSWERS[0].format(profile): (ANSWERS[1], lambda: answer_table(answers(folder))),
+        ANSWERS[0].format(profile): (ANSWERS[1], lambda: answer_table(answers(folder), summary["data"]["name"])),
         MARKS[0].format(profile): (MARKS[1], lambda: verdict_table(summary)),
         REFERENCES[0]: (REFERENCES[1], network_table),
     }

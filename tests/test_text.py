@@ -136,7 +136,9 @@ def test_a_mean_over_padding_is_refused(network, refuses):
 def test_a_text_network_learns_and_its_nodes_are_measured(corpus, monkeypatch):
     monkeypatch.setattr(measure, "ONCE", ())
     changes = {"image_size": 8, "model": "text_2x32", "heads": 2, "epochs": 12, "batch_size": 12, "seeds": [0]}
-    run = settings.open_run("clinc150-cpu", changes | {"lr": 5e-3, "precision": "fp32", "threshold_sweep": [0.3]})
+    run = settings.open_run(
+        "clinc150-cpu", changes | {"lr": 5e-3, "precision": "fp32", "weights": "trained", "threshold_sweep": [0.3]}
+    )
     network, _ = networks.load_network(run, 0, "trained")
     assert training.accuracy(network, run.images) == 1.0
     table = measure.nodes(run, 0, "trained").table("taps")
@@ -155,7 +157,7 @@ def test_a_text_network_learns_and_its_nodes_are_measured(corpus, monkeypatch):
         (["measure", "clinc150-cpu", "--set", "augmentation=mixed"], "augmentation must be light"),
         (["measure", "clinc150-cpu", "--set", "model=text_2"], "use text_<encoders>x<width>"),
         (["measure", "clinc150-cpu", "--set", "held_out=0.1"], "0.16667 keeps the validation texts"),
-        (["measure", "clinc150-cpu", "--cnn"], "a CNN reads images"),
+        (["measure", "clinc150-cpu", "--cnn", "--set", "weights=trained"], "a CNN reads images"),
         (["measure", "clinc150-cpu", "--set", "heads=5"], "5 heads do not divide the width 128"),
     ],
 )
