@@ -1,26 +1,29 @@
-"""Augmentation, published, mixed and light: shapes, soft labels, chunks, repeatability."""
+"""Augmentation, published, mixed and light: timm's operations, shapes, soft labels, repeatability."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import auto_augment
 
-from paperlib.data import augmentation
-from paperlib.data.augmentation import CHUNK, augment
+from paperlib.data import randaugment
+from paperlib.data.augmentation import augment
 from paperlib.training import seeded
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
 
 
-def batch(n=4 * CHUNK, size=16):
+def batch(n=32, size=16):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator), torch.arange(n) % 5
 
 
-def augmented(seed, n=4 * CHUNK):
+def augmented(seed, n=32):
     with seeded(seed):
         return augment("published", *batch(n), MEAN, STD, 5)
 
 
-@pytest.mark.parametrize("n", [1, CHUNK, 3 * CHUNK + 3])
+@pytest.mark.parametrize("n", [1, 27])
 def test_shapes_and_probabilities(n):
     images, labels = augmented(0, n)
     assert images.shape == (n, 3, 16, 16) and images.dtype == torch.float32
@@ -46,37 +49,104 @@ def test_labels_are_those_of_the_two_images_that_are_mixed():
     assert len({round(share, 4) for share in shares}) > 10
 
 
+TIMM = {  # operation -> timm's, and its argument for a level in -1..1
+    "auto_contrast": ("AutoContrast", None),
+    "equalize": ("Equalize", None),
+    "invert": ("Invert", None),
+    "rotate": ("Rotate", lambda level: 30 * level),
+    "posterize": ("PosterizeIncreasing", lambda level: 4 - int(4 * abs(level))),
+    "solarize": ("SolarizeIncreasing", lambda level: 256 - int(256 * abs(level))),
+    "solarize_add": ("SolarizeAdd", lambda level: int(110 * abs(level))),
+    "color": ("ColorIncreasing", lambda level: max(0.1, 1 + 0.9 * level)),
+    "contrast": ("ContrastIncreasing", lambda level: max(0.1, 1 + 0.9 * level)),
+    "brightness": ("BrightnessIncreasing", lambda level: max(0.1, 1 + 0.9 * level)),
+    "sharpness": ("SharpnessIncreasing", lambda level: max(0.1, 1 + 0.9 * level)),
+    "shear_x": ("ShearX", lambda level: 0.3 * level),
+    "shear_y": ("ShearY", lambda level: 0.3 * level),
+    "translate_x": ("TranslateXRel", lambda level: 0.45 * level),
+    "translate_y": ("TranslateYRel", lambda level: 0.45 * level),
+}
+
+
+FILL = torch.tensor([100.0, 110.0, 120.0]).view(3, 1, 1)
+
+
+def scenes(n=6, size=24, edge=0):
+    """Images with structure and some noise, of medium greys, with an edge of `FILL`."""
+    generator = torch.Generator().manual_seed(1)
+    small = torch.rand(n, 3, 5, 5, generator=generator) * 180 + 30
+    images = torch.nn.functional.interpolate(small, size=size, mode="bicubic")
+    images = (images + 12 * torch.randn(images.shape, generator=generator)).round().clamp(5, 245)
+    inside = torch.zeros(size, size, dtype=torch.bool)
+    inside[edge : size - edge, edge : size - edge] = True
+    return torch.where(inside, images, FILL)
+
+
+def test_operations_are_those_of_the_recipe():
+    recipe = auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": (100, 110, 120)})
+    named = {name for name, _ in TIMM.values()}
+    assert TIMM.keys() == randaugment.OPERATIONS.keys() and named == set(auto_augment._RAND_INCREASING_TRANSFORMS)
+    assert {op.prob for op in recipe.ops} == {randaugment.DONE}
+    assert {(op.magnitude, op.magnitude_std) for op in recipe.ops} == {(randaugment.MAGNITUDE, randaugment.SPREAD)}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_an_operation_is_timms(name):
+    """On every image of a batch with its own level, to two grey values (PIL cuts off where we round). The edge is as
+    grey as what fills empty pixels, with which PIL does not blend."""
+    moved = name.startswith(("rotate", "shear", "translate"))
+    images, levels = scenes(edge=2 * moved), torch.tensor([0.9, -0.9, 0.3, -0.5, 0.97, 0.77])
+    number = list(randaugment.OPERATIONS).index(name)
+    result = randaugment.operate(images, torch.full((6,), number), levels, FILL)
+    timms, argument = TIMM[name]
+    options = (
+        {"fillcolor": tuple(FILL.flatten().int().tolist()), "resample": Image.Resampling.BILINEAR} if moved else {}
+    )
+    for image, own, level in zip(images, result, levels.tolist(), strict=True):
+        pil = Image.fromarray(image.permute(1, 2, 0).byte().numpy())
+        given = () if argument is None else (argument(level),)
+        expected = np.asarray(auto_augment.NAME_TO_OP[timms](pil, *given, **options)).astype(float)
+        assert np.abs(own.permute(1, 2, 0).numpy() - expected).max() <= 2
+        assert abs(own - image).max() > 2  # something was done
+
+
+def test_images_that_draw_nothing_stay():
+    images = scenes()
+    result = randaugment.operate(images, torch.tensor([-1, 2, -1, 2, -1, -1]), torch.ones(6), torch.zeros(3, 1, 1))
+    changed = (result != images).flatten(1).any(dim=1)
+    assert changed.tolist() == [False, True, False, True, False, False]
+
+
 def test_operations_are_left_out_as_often_as_the_recipe_says():
     """Of two operations, each done with probability 0.5, a quarter of the images get none (and some change nothing)."""
-    from torchvision.transforms import v2
-
-    operations = v2.Compose(augmentation._transforms(16, 5)[0].transforms[-2:])
-    images, unchanged = batch(1)[0], 0
+    images = scenes(1).expand(2000, -1, -1, -1)
     with seeded(0):
-        for _ in range(400):
-            unchanged += torch.equal(operations(images), images)
-    assert 0.22 < unchanged / 400 < 0.42
+        result = randaugment.rand_augment(images, torch.zeros(3, 1, 1))
+    unchanged = (result == images).flatten(1).all(dim=1).float().mean()
+    assert 0.22 < unchanged < 0.30
+    assert len(result.flatten(1).unique(dim=0)) > 900  # every image draws its own
+
+
+def test_crops_hold_most_of_an_image_and_half_are_mirrored():
+    """A ramp from left to right: its ends, and its direction."""
+    ramp = torch.linspace(0, 255, 32).expand(1000, 3, 32, 32).round()
+    with seeded(0):
+        rows = randaugment.crop_and_mirror(ramp)[:, 0, 16]
+    rising = rows[:, -1] > rows[:, 0]
+    assert 0.45 < rising.float().mean() < 0.55
+    span = (rows.amax(dim=1) - rows.amin(dim=1)) / 255
+    assert span.min() > 0.75 and span.max() > 0.98
+    assert (rows[rising].diff(dim=1) >= 0).all()
 
 
 def test_erased_parts_are_noise():
-    erase = augmentation._transforms(16, 5)[1]
     with seeded(0):
-        erased = [erase(torch.zeros(3, 16, 16)) for _ in range(200)]
-    parts = torch.cat([image[image != 0] for image in erased])
-    assert 0.15 < sum(bool(image.any()) for image in erased) / 200 < 0.35
-    assert abs(parts.mean()) < 0.05 and abs(parts.std() - 1) < 0.05
-
-
-def test_chunks_are_drawn_apart():
-    """Equal images in two chunks come out differently, within a chunk alike (mixup of equal images changes nothing)."""
-    one, _ = batch(1)
-    images = one.expand(2 * CHUNK, -1, -1, -1)
-    different = 0
-    for seed in range(10):
-        with seeded(seed):
-            result, _ = augment("published", images, torch.zeros(2 * CHUNK, dtype=torch.long), MEAN, STD, 2)
-        different += not torch.allclose(result[1], result[CHUNK + 1], atol=1e-3)
-    assert different >= 8
+        erased = randaugment.erase(torch.zeros(2000, 3, 16, 16))
+    parts = erased[erased != 0]
+    assert 0.22 < (erased != 0).flatten(1).any(dim=1).float().mean() < 0.28
+    assert abs(parts.mean()) < 0.02 and abs(parts.std() - 1) < 0.02
+    share = (erased[:, 0] != 0).flatten(1).float().mean(dim=1)
+    assert share.max() < 0.40 and share[share > 0].min() < 0.05
 
 
 def test_mixed_leaves_half_of_the_batches_as_they_are():
