@@ -27,7 +27,7 @@ def unseen_fields(
 ) -> Tensor:
     """Field matrices, on examples that nothing was trained on, of the readout of other ones at its optimum: activations
     (n, T, D), labels (n,) of both -> (D, L, L). What they recognise decides masks."""
-    best = optimum.best(optimum.problem(own, y, labels), unseen, y_unseen, log=log)
+    best = optimum.choose(optimum.problem(own, y, labels), unseen, y_unseen, log=log).best
     return field_matrices(best.weight.unflatten(1, own.shape[1:]), class_means(unseen, y_unseen, labels))
 
 

@@ -2,17 +2,15 @@
 
 A readout is linear, without bias, from all T * D activations of a tap to the L labels (family). It is the minimum of
 mean cross-entropy + l2/2 |W|^2 on activations divided by their RMS (choice): one number, no schedule, no augmentation.
-The solver is L-BFGS with the leading directions of the features as preconditioner and an exact line search, which costs
-nothing, as logits are linear in W. Where bf16 is fast, it computes what the gradient has changed by since fp32 looked
-last, and fp32 looks again until its own gradient is small: the optimum is that of fp32.
+The solver is L-BFGS with the Hessian of the most uncertain images as preconditioner and an exact line search, which
+costs nothing, as logits are linear in W. Where bf16 is fast, it computes what the gradient has changed by since fp32
+looked last, and fp32 looks again until its own gradient is small: the optimum is that of fp32.
 
 Shapes: n images, F = T * D features, L labels.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +18,7 @@ from torch import Tensor
 
 from paperlib.training import fast_bf16
 
-Found = TypeVar("Found")
-
-GRID = (10.0, 1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
+GRID = (1.0, 0.1, 0.01, 0.001)  # penalties that held-out images choose from
 EXTENSIONS = 8  # decades by which the grid may grow at either end
 ROUGHLY = 1e-2  # tolerance while penalties are compared
 TOLERANCE = 1e-3  # largest norm of the gradient, over that at W = 0
@@ -30,7 +26,8 @@ SETTLED = 8  # by how much the gradient of `settled` is smaller: a solver that a
 CERTAIN = 50  # times TOLERANCE: largest norm of the gradient over that of the penalty's, which bounds the error of W
 PAIRS = 40  # steps that L-BFGS remembers
 FEW = 5000  # images that may be taken as a basis of their features
-SKETCH = 300  # images from which the leading directions of the features are taken
+SKETCH = 700  # images, the most uncertain ones, whose Hessian preconditions
+REST = 0.1  # share of the others' Hessian that is put in, as if it were the same in all directions
 CHEAPLY = 0.03  # share of the gradient down to which bf16 is trusted, before fp32 looks again
 EXACTLY = 1e-5  # a gradient as small as that is looked at in fp64: in fp32 it is noise
 ROWS = 2048  # images in one of its products
@@ -47,8 +44,6 @@ class Problem:
     num_labels: int
     scale: float  # RMS of the features
     cheap: Tensor  # the features in bf16 where that is faster, else themselves
-    eigenvalues: Tensor  # (r,) of the scaled features' second moments, largest first
-    directions: Tensor  # (r, F), orthonormal
     first: float  # norm of the gradient at W = 0
     basis: Tensor | None = None  # (n, F), orthonormal: the features are coordinates in it, where images are few
     mask: Tensor | None = None  # (L, F) bool: weights that may differ from 0, see `masked`
@@ -88,13 +83,7 @@ def problem(features: Tensor, labels: Tensor, num_labels: int, few: int = FEW) -
         basis, coordinates = torch.linalg.qr(features.T)
         features, basis = coordinates.T.contiguous(), basis.T
     cheap = features.bfloat16() if fast_bf16(features.device.type) else features
-    rows = torch.linspace(0, len(features) - 1, min(SKETCH, len(features)), device=features.device).long()
-    sketch = features[rows] / scale
-    eigenvalues, vectors = torch.linalg.eigh(sketch @ sketch.T / len(rows))
-    kept = eigenvalues > 1e-6 * eigenvalues[-1]
-    eigenvalues, vectors = eigenvalues[kept].flip(0), vectors[:, kept].flip(1)
-    directions = (vectors / (len(rows) * eigenvalues).sqrt()).T @ sketch
-    found = Problem(features, labels, num_labels, scale, cheap, eigenvalues, directions, 1.0, basis)
+    found = Problem(features, labels, num_labels, scale, cheap, 1.0, basis)
     error = _error(features.new_zeros(len(features), num_labels), labels)
     return replace(found, first=_gradient(found, error, features).norm().item())
 
@@ -208,14 +197,21 @@ def _gradient(data: Problem, error: Tensor, features: Tensor) -> Tensor:
 
 
 def _preconditioner(data: Problem, l2: float, error: Tensor) -> Callable[[Tensor], Tensor]:
-    """An approximate inverse of the Hessian: right in the leading directions, if all images were equally uncertain."""
+    """An approximate inverse of the Hessian at the point with these errors (n, L), the same for all labels: that of the
+    most uncertain images, which have most of it where a readout is nearly sure of the others, and `REST`."""
     own = error.gather(1, data.labels[:, None])[:, 0]
-    uncertain = -(error.square().sum(dim=1) + 2 * own).mean() / data.num_labels  # mean of p (1 - p)
-    rest = 1 / (uncertain * data.eigenvalues[-1] + l2)
-    leading = 1 / (uncertain * data.eigenvalues + l2) - rest
+    uncertain = -(error.square().sum(dim=1) + 2 * own) / data.num_labels / len(error)  # mean over labels of p (1 - p)
+    share, rows = uncertain.clamp(min=0).topk(min(SKETCH, len(error)))
+    sketch = data.features[rows] * share.sqrt()[:, None] / data.scale
+    eigenvalues, vectors = torch.linalg.eigh(sketch @ sketch.T)
+    kept = eigenvalues > 1e-6 * eigenvalues[-1]
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    directions = (vectors / eigenvalues.sqrt()).T @ sketch
+    rest = l2 + REST * (uncertain.sum() - share.sum()).clamp(min=0)
+    leading = 1 / (eigenvalues + rest) - 1 / rest
 
     def inverse(gradient: Tensor) -> Tensor:
-        found = rest * gradient + ((gradient @ data.directions.T) * leading) @ data.directions
+        found = gradient / rest + ((gradient @ directions.T) * leading) @ directions
         return found if data.mask is None else found * data.mask
 
     return inverse
@@ -264,44 +260,32 @@ def _line_search(data: Problem, point: _Point, direction: Tensor, moved: Tensor,
 
 @dataclass(frozen=True)
 class Choice:
-    """The readout whose penalty held-out images prefer, and those that show how much hinges on it."""
+    """The readout whose penalty held-out images prefer, and those that show how much hinges on it, if they were asked
+    for and the machine's numbers can settle them."""
 
     best: Optimum
-    third: Optimum | None  # None where the machine's numbers cannot settle it
-    triple: Optimum | None
-    settled: Optimum  # the best one, with a gradient that is smaller by `SETTLED`
     tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
+    third: Optimum | None = None  # a third of its penalty
+    triple: Optimum | None = None
+    settled: Optimum | None = None  # the best one, with a gradient that is smaller by `SETTLED`
 
 
-def best(
-    data: Problem, held_out: Tensor, labels: Tensor, grid: Iterable[float] = GRID, log: Callable[[str], None] = print
-) -> Optimum:
-    """The readout with the penalty of a grid that has the highest accuracy on held-out features (m, F), labels (m,).
+def choose(
+    data: Problem,
+    held_out: Tensor,
+    labels: Tensor,
+    grid: Iterable[float] = GRID,
+    log: Callable[[str], None] = print,
+    beside: bool = False,
+) -> Choice:
+    """The penalty of a grid with the highest accuracy on held-out features (m, F), labels (m,), and its readout; with
+    `beside`, also those that show how much hinges on it.
 
     Penalties are tried from the largest down, each from the optimum before, until accuracy has fallen twice. A best one
     at the edge of the grid is not believed: the grid is extended by decades, and the log says so. Of equally accurate
     penalties the largest is taken. One whose readouts the machine's numbers cannot settle is left out, and the log says
     so; RuntimeError if that leaves none.
     """
-    return _search(data, held_out, labels, grid, log, lambda l2, start, tried: solve(data, l2, start))
-
-
-def choose(
-    data: Problem, held_out: Tensor, labels: Tensor, grid: Iterable[float] = GRID, log: Callable[[str], None] = print
-) -> Choice:
-    """What `best` finds, and the readouts around it."""
-    return _search(data, held_out, labels, grid, log, partial(_around, data))
-
-
-def _search(
-    data: Problem,
-    held_out: Tensor,
-    labels: Tensor,
-    grid: Iterable[float],
-    log: Callable[[str], None],
-    finish: Callable[[float, Optimum, list[dict]], Found],
-) -> Found:
-    """`finish` of the best penalty that it can settle, from a readout to start from and the penalties tried."""
     held_out, tried, found = held_out.flatten(1), {}, None
 
     def score(l2: float, start: Optimum | None) -> Optimum:
@@ -337,17 +321,17 @@ def _search(
                 break
     for l2 in sorted(tried, key=lambda l2: (-tried[l2]["accuracy"], -l2)):
         try:
-            return finish(l2, found, [tried[key] for key in sorted(tried)])
+            best = solve(data, l2, found)
+            others = _beside(data, best) if beside else {}
+            return Choice(best, [tried[key] for key in sorted(tried)], **others)
         except RuntimeError as error:
             log(f"{l2:g} is left out: {error}")
     raise RuntimeError("no penalty has a readout that could be solved: take another tap, or more images")
 
 
-def _around(data: Problem, l2: float, start: Optimum | None, tried: list[dict]) -> Choice:
-    best = solve(data, l2, start)
-    settled = solve(data, l2, best, TOLERANCE / SETTLED)
-    third, triple = (_if_solvable(data, other, best) for other in (l2 / 3, 3 * l2))
-    return Choice(best, third, triple, settled, tried)
+def _beside(data: Problem, best: Optimum) -> dict[str, Optimum | None]:
+    third, triple = (_if_solvable(data, other, best) for other in (best.l2 / 3, 3 * best.l2))
+    return {"third": third, "triple": triple, "settled": solve(data, best.l2, best, TOLERANCE / SETTLED)}
 
 
 def _if_solvable(data: Problem, l2: float, start: Optimum) -> Optimum | None:

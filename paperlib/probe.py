@@ -62,7 +62,7 @@ def _readout(own: Tensor, y: Tensor, share: float) -> tuple[optimum.Optimum, Ten
     """The readout of activations (n, T, D) at its optimum, and its weights as (L, T, D)."""
     kept, held = held_out(y.cpu(), share)
     data = optimum.problem(own[kept], y[kept], int(y.max()) + 1)
-    best = optimum.best(data, own[held], y[held], log=lambda said: None)
+    best = optimum.choose(data, own[held], y[held], log=lambda said: None).best
     return best, best.weight.unflatten(1, own.shape[1:])
 
 

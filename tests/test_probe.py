@@ -47,7 +47,7 @@ def test_the_table_says_what_the_library_says():
     known, unseen = (net[:2](part).detach() for part in (x, x_test))
     kept, held = held_out(y, 0.1)
     data = optimum.problem(known[kept], y[kept], 8)
-    weight = optimum.best(data, known[held], y[held], log=lambda said: None).weight
+    weight = optimum.choose(data, known[held], y[held], log=lambda said: None).best.weight
     fields = snp.field_matrices(weight[:, None], snp.class_means(unseen[:, None], y_test, 8))
     assert row["snr"] == pytest.approx(snp.tap_statistics(snp.boolean_matrices(fields)).snr)
     assert row["accuracy"] == pytest.approx(((unseen @ weight.T).argmax(dim=1) == y_test).float().mean().item())

@@ -57,7 +57,7 @@ def label_sets(run: Run, seed: int) -> Stage:
         save_arrays(folder / "norms.npz", norms)
 
     config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "held_out", "prune_thresholds")
-    config |= {"seed": seed, "images": measure.IMAGES}
+    config |= {"seed": seed, "images": measure.examples(run)}
     return run.stage(f"late-label-sets-seed{seed}", config, inputs, make)
 
 
@@ -104,7 +104,11 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
 
     config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "batch_size", "weight_decay", "label_smoothing")
     config |= {"seed": seed, "reading": reading, "encoders": encoders, "epochs": EPOCHS, "rate": RATE}
-    config |= {"images": measure.IMAGES, "precision": run.settings.precision, "max_steps": run.settings.max_steps}
+    config |= {
+        "images": measure.examples(run),
+        "precision": run.settings.precision,
+        "max_steps": run.settings.max_steps,
+    }
     return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs | {"sets": source.sha256}, make)
 
 

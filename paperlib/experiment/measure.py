@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import optimum, snp, taps, training
-from paperlib.data import BATCH, Images, balanced, held_out, ranked
+from paperlib.data import BATCH, TEXTS, Images, balanced, held_out, ranked
 from paperlib.experiment.networks import (
     ARCHITECTURE,
     NETWORKS,
@@ -32,6 +32,7 @@ from paperlib.taps import Tap
 MAIN = ("ff1", "attn", "block", "conv")  # measured for every seed: FF nodes, MHA nodes, what is passed on; filters
 ONCE = ("stem", "qkv", "mha", "ff_in", "ff2")  # measured for the first seed
 IMAGES = 20_000  # training images of a readout, balanced over labels, at most
+READ = 7_500  # and texts
 FOLDS = 10  # of the test images
 GROUP_BYTES = 7e9  # of features that are held at a time
 NODE_COLUMNS = ("labels", "clusters", "internal", "external", "own_noise", "mutual", "expected")
@@ -59,7 +60,7 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
         save_tensors(folder / "weights.safetensors", weights)
 
     config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "held_out")
-    config |= {"seed": seed, "kind": kind, "taps": [place.name for place in places], "images": IMAGES}
+    config |= {"seed": seed, "kind": kind, "taps": [place.name for place in places], "images": examples(run)}
     config |= {"grid": optimum.GRID, "tolerance": optimum.TOLERANCE}
     return run.stage(f"readouts-at-optimum-{kind}-seed{seed}", config, inputs, make)
 
@@ -139,8 +140,17 @@ def _measured(run: Run, seed: int, kind: str) -> tuple[nn.Module, list[Tap], dic
         label = run.images.classes[int(counts.argmin())]
         raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
     network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
-    once = ONCE if seed == run.settings.seeds[0] and kind != "shuffled" else ()
+    once = ONCE if _first(run, seed) and kind != "shuffled" and run.settings.data not in TEXTS else ()
     return network, taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"]), inputs
+
+
+def _first(run: Run, seed: int) -> bool:
+    return seed == run.settings.seeds[0]
+
+
+def examples(run: Run) -> int:
+    """How many training images, or texts, a readout learns from, at most."""
+    return READ if run.settings.data in TEXTS else IMAGES
 
 
 def prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
@@ -208,7 +218,9 @@ def _solved(
         own = features.pop(place.name)
         data = optimum.problem(own[: len(y)], y, len(images.classes))
         unseen = own[len(y) :].flatten(1)
-        choice = optimum.choose(data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}"))
+        choice = optimum.choose(
+            data, unseen, y_held, log=lambda said, tap=place.name: run.log(f"{tap}: {said}"), beside=_first(run, seed)
+        )
         found = {variant: one for variant in VARIANTS if (one := getattr(choice, variant)) is not None}
         for variant, one in found.items():
             weights[f"{place.name}/{variant}"] = one.weight.unflatten(1, own.shape[1:])
@@ -227,7 +239,7 @@ def _solved(
 def readout_images(run: Run) -> tuple[Tensor, Tensor]:
     """Training images, by index: those that a readout learns from, and the held-out ones that choose its penalty."""
     kept, held = held_out(run.images.y_train, run.settings.held_out)
-    return kept[balanced(run.images.y_train[kept])[:IMAGES]], held
+    return kept[balanced(run.images.y_train[kept])[: examples(run)]], held
 
 
 def _order(labels: Tensor, seed: int) -> Tensor:

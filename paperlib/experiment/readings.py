@@ -49,7 +49,7 @@ def readouts(run: Run, seed: int) -> Stage:
         save_arrays(folder / "answers.npz", answers)
 
     config = run.config(*ARCHITECTURE, *SPLIT[s.blind], "held_out", "prune_thresholds")
-    config |= {"seed": seed, "images": measure.IMAGES, "draws": DRAWS}
+    config |= {"seed": seed, "images": measure.examples(run), "draws": DRAWS}
     return run.stage(f"pruned-readouts-at-optimum-seed{seed}", config, inputs, make)
 
 
@@ -68,7 +68,7 @@ def _pruned(run: Run, seed: int, network: nn.Module, place: Tap) -> tuple[pd.Dat
     features = taps.features(network, [place], pictures, *images.statistics)[place.name]
     own, unseen, test = features.split([len(chosen), len(held), len(images.x_test)])
     data = optimum.problem(own, y, len(images.classes), few=0)
-    whole = optimum.best(data, unseen, y_held, log=lambda said: run.log(f"{place.name}: {said}"))
+    whole = optimum.choose(data, unseen, y_held, log=lambda said: run.log(f"{place.name}: {said}")).best
     weight = whole.weight.unflatten(1, own.shape[1:])
     fields = snp.field_matrices(weight, snp.class_means(unseen, y_held, len(images.classes)))
     size = own.square().mean(dim=0).sqrt()
