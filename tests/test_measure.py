@@ -92,7 +92,7 @@ def test_readouts_of_reassigned_labels_know_nothing(run):
 @pytest.mark.slow
 def test_a_random_cnn_takes_its_statistics_from_training_images(run):
     cnn = networks.cnn_half(run)
-    table = measure.readouts(cnn, 1, "random").table("readouts")
+    table = measure.readouts(cnn, 0, "random").table("readouts")  # of the first seed: those beside the best one, too
     assert set(table.tap) == {"conv"} and set(table.variant) == set(measure.VARIANTS)
     assert (table.gradient <= optimum.TOLERANCE).all()
     settled = table[table.variant == "settled"].set_index("encoder")
