@@ -172,6 +172,16 @@ def test_outputs_of_executed_notebooks_are_published(with_notebooks):
     assert (with_notebooks / "figures" / "cifar100-cpu" / "snr_per_encoder.png").read_bytes() == b"a picture"
 
 
+def test_of_the_demonstration_only_your_network_is_published(with_notebooks):
+    names, before = ("03_andc_pruning", notebooks.OWN), everything(with_notebooks)
+    finished_walk(with_notebooks, "quick", names)
+    walked = everything(with_notebooks / "runs")
+    assert main(["publish", "quick"]) == 0
+    after = everything(with_notebooks)
+    changed = {path.stem for path in after.keys() - walked.keys() if after[path] != before.get(path)}
+    assert changed == {notebooks.OWN}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
