@@ -278,48 +278,53 @@ def choose(
     log: Callable[[str], None] = print,
     beside: bool = False,
 ) -> Choice:
-    """The penalty of a grid with the highest accuracy on held-out features (m, F), labels (m,), and its readout; with
-    `beside`, also those that show how much hinges on it.
+    """The penalty of a grid that held-out features (m, F), labels (m,) prefer, and its readout; with `beside`, also
+    those that show how much hinges on it.
 
-    Penalties are tried from the largest down, each from the optimum before, until accuracy has fallen twice. A best one
-    at the edge of the grid is not believed: the grid is extended by decades, and the log says so. Of equally accurate
-    penalties the largest is taken. One whose readouts the machine's numbers cannot settle is left out, and the log says
-    so; RuntimeError if that leaves none.
+    It is the largest one whose accuracy on them lies within a standard error of the highest (the one-standard-error
+    rule of cross-validation). Penalties are tried from the largest down, each from the optimum before, until two are
+    smaller than that one. Where the grid ends before, or at that one, it is extended by decades, and the log says so. A penalty whose readouts the machine's numbers cannot settle is left out, and the log says so;
+    RuntimeError if that leaves none.
     """
     held_out, tried, found = held_out.flatten(1), {}, None
 
-    def score(l2: float, start: Optimum | None) -> Optimum:
-        solved = solve(data, l2, start, ROUGHLY)
+    def score(l2: float, start: Optimum | None) -> Optimum | None:
+        try:
+            solved = solve(data, l2, start, ROUGHLY)
+        except RuntimeError as error:  # fp32 knows no better: images that any penalty answers, say
+            log(f"{l2:g} is left out: {error}")
+            return None
         accuracy = (held_out @ solved.weight.T).argmax(dim=1).eq(labels).float().mean().item()
         tried[l2] = {"l2": l2, "accuracy": accuracy, "steps": solved.steps}
         return solved
 
-    def leading() -> float:
-        return max(tried, key=lambda l2: (tried[l2]["accuracy"], l2))
+    def leaders() -> list[float]:
+        """Penalties within a standard error of the best one, the largest first."""
+        highest = max((row["accuracy"] for row in tried.values()), default=0.0)
+        enough = highest - (highest * (1 - highest) / len(labels)) ** 0.5
+        return sorted((l2 for l2, row in tried.items() if row["accuracy"] >= enough), reverse=True)
 
-    for l2 in sorted(grid, reverse=True):
-        try:
-            found = score(l2, found)
-        except RuntimeError as error:
-            log(f"{l2:g} is left out: {error}")
-            continue
-        highest = tried[leading()]["accuracy"]
-        if sum(row["accuracy"] < highest for row in tried.values() if row["l2"] < leading()) == 2:
+    def alike() -> bool:
+        return len({row["accuracy"] for row in tried.values()}) <= 1
+
+    grid = sorted(grid, reverse=True)
+    for l2 in (*grid, *(grid[-1] / 10**decade for decade in range(1, EXTENSIONS + 1))):
+        if not alike() and sum(other < leaders()[0] for other in tried) >= 2:
             break
-    for edge, factor in ((max, 10.0), (min, 0.1)):
-        for _ in range(EXTENSIONS):
-            last, *others = sorted(tried, key=lambda l2: (l2 != edge(tried), l2))
-            accuracy, rest = tried[last]["accuracy"], [tried[l2]["accuracy"] for l2 in others]
-            flat = edge is min and all(accuracy == other for other in rest)  # too large, all of them
-            if accuracy <= max(rest, default=-1.0) and not flat:
-                break
-            log(f"the penalty {last:g} is the best and the last of the grid: trying {last * factor:g}, too")
-            try:
-                found = score(last * factor, found)
-            except RuntimeError as error:  # fp32 knows no better: images that any penalty answers, say
-                log(f"{last * factor:g} is left out: {error}")
-                break
-    for l2 in sorted(tried, key=lambda l2: (-tried[l2]["accuracy"], -l2)):
+        if l2 < grid[-1]:
+            log(f"the penalties are not small enough: trying {l2:g}, too")
+        solved = score(l2, found)
+        if solved is None and l2 < grid[-1]:
+            break
+        found = solved or found
+    for _ in range(EXTENSIONS):
+        last = max(tried, default=grid[0])
+        best = max(tried, key=lambda l2: tried[l2]["accuracy"], default=0.0)
+        if alike() or last not in leaders() or last > 50 * best:  # two decades above the best: nothing depends on it
+            break
+        log(f"the penalties are not large enough: trying {10 * last:g}, too")
+        found = score(10 * last, found) or found
+    for l2 in (*leaders(), *sorted(tried.keys() - set(leaders()), key=lambda l2: -tried[l2]["accuracy"])):
         try:
             best = solve(data, l2, found)
             others = _beside(data, best) if beside else {}

@@ -180,7 +180,9 @@ def test_held_out_images_choose_the_penalty():
     data, x, y = held_out_case()
     chosen = optimum.choose(data, x, y, log=lambda text: None, beside=True)
     scores = {row["l2"]: row["accuracy"] for row in chosen.tried}
-    assert chosen.best.l2 == max(scores, key=lambda l2: (scores[l2], l2))
+    highest = max(scores.values())
+    error = (highest * (1 - highest) / len(y)) ** 0.5
+    assert chosen.best.l2 == max(l2 for l2 in scores if scores[l2] >= highest - error)
     assert min(scores) < chosen.best.l2 < max(scores)
     assert (chosen.third.l2, chosen.triple.l2) == (chosen.best.l2 / 3, 3 * chosen.best.l2)
     for solved in (chosen.best, chosen.third, chosen.triple):
@@ -200,9 +202,16 @@ def test_the_edge_of_a_grid_is_not_believed(grid):
     data, x, y = held_out_case()
     said = []
     chosen = optimum.choose(data, x, y, grid, said.append)
-    assert said and all("the last of the grid" in line for line in said)
-    scores = [row["accuracy"] for row in chosen.tried]
-    assert len(scores) > 2 and scores[0] <= max(scores[1:]) and scores[-1] <= max(scores[:-1])
+    assert said and all("enough: trying" in line for line in said)
+    tried = [row["l2"] for row in chosen.tried]
+    assert sum(l2 < chosen.best.l2 for l2 in tried) >= 2 and max(tried) > chosen.best.l2
+
+
+def test_where_no_penalty_matters_few_are_tried():
+    """Labels that the features do not know."""
+    x, y = torch.randn(300, 30, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 5
+    chosen = optimum.choose(optimum.problem(x[:200], y[:200], 5), x[200:], y[200:], log=lambda text: None)
+    assert len(chosen.tried) <= 7
 
 
 def test_a_penalty_that_cannot_be_settled_is_left_out(monkeypatch):
