@@ -264,7 +264,7 @@ class Choice:
     for and the machine's numbers can settle them."""
 
     best: Optimum
-    tried: list[dict]  # l2, accuracy (0..1, held-out images), steps, of every penalty along the way
+    tried: list[dict]  # l2, accuracy (0..1, held-out images), its error, steps, of every penalty along the way
     third: Optimum | None = None  # a third of its penalty
     triple: Optimum | None = None
     settled: Optimum | None = None  # the best one, with a gradient that is smaller by `SETTLED`
@@ -283,8 +283,9 @@ def choose(
 
     It is the largest one whose accuracy on them lies within a standard error of the highest (the one-standard-error
     rule of cross-validation). Penalties are tried from the largest down, each from the optimum before, until two are
-    smaller than that one. Where the grid ends before, or at that one, it is extended by decades, and the log says so. A penalty whose readouts the machine's numbers cannot settle is left out, and the log says so;
-    RuntimeError if that leaves none.
+    smaller than that one. Where the grid ends before, or at that one, it is extended by decades, and the log says so. A
+    penalty whose readouts the machine's numbers cannot settle is left out, and the log says so; RuntimeError if that
+    leaves none.
     """
     held_out, tried, found = held_out.flatten(1), {}, None
 
@@ -295,21 +296,13 @@ def choose(
             log(f"{l2:g} is left out: {error}")
             return None
         accuracy = (held_out @ solved.weight.T).argmax(dim=1).eq(labels).float().mean().item()
-        tried[l2] = {"l2": l2, "accuracy": accuracy, "steps": solved.steps}
+        error = (accuracy * (1 - accuracy) / len(labels)) ** 0.5
+        tried[l2] = {"l2": l2, "accuracy": accuracy, "error": error, "steps": solved.steps}
         return solved
-
-    def leaders() -> list[float]:
-        """Penalties within a standard error of the best one, the largest first."""
-        highest = max((row["accuracy"] for row in tried.values()), default=0.0)
-        enough = highest - (highest * (1 - highest) / len(labels)) ** 0.5
-        return sorted((l2 for l2, row in tried.items() if row["accuracy"] >= enough), reverse=True)
-
-    def alike() -> bool:
-        return len({row["accuracy"] for row in tried.values()}) <= 1
 
     grid = sorted(grid, reverse=True)
     for l2 in (*grid, *(grid[-1] / 10**decade for decade in range(1, EXTENSIONS + 1))):
-        if not alike() and sum(other < leaders()[0] for other in tried) >= 2:
+        if not _alike(tried) and sum(other < _leaders(tried)[0] for other in tried) >= 2:
             break
         if l2 < grid[-1]:
             log(f"the penalties are not small enough: trying {l2:g}, too")
@@ -320,11 +313,14 @@ def choose(
     for _ in range(EXTENSIONS):
         last = max(tried, default=grid[0])
         best = max(tried, key=lambda l2: tried[l2]["accuracy"], default=0.0)
-        if alike() or last not in leaders() or last > 50 * best:  # two decades above the best: nothing depends on it
+        if (
+            _alike(tried) or last not in _leaders(tried) or last > 50 * best
+        ):  # two decades above the best: nothing depends on it
             break
         log(f"the penalties are not large enough: trying {10 * last:g}, too")
         found = score(10 * last, found) or found
-    for l2 in (*leaders(), *sorted(tried.keys() - set(leaders()), key=lambda l2: -tried[l2]["accuracy"])):
+    leaders = _leaders(tried)
+    for l2 in (*leaders, *sorted(tried.keys() - set(leaders), key=lambda l2: -tried[l2]["accuracy"])):
         try:
             best = solve(data, l2, found)
             others = _beside(data, best) if beside else {}
@@ -332,6 +328,17 @@ def choose(
         except RuntimeError as error:
             log(f"{l2:g} is left out: {error}")
     raise RuntimeError("no penalty has a readout that could be solved: take another tap, or more images")
+
+
+def _leaders(tried: dict[float, dict]) -> list[float]:
+    """Penalties within a standard error of the best one, the largest first."""
+    best = max(tried.values(), key=lambda row: row["accuracy"], default={"accuracy": 0.0, "error": 0.0})
+    enough = best["accuracy"] - best["error"]
+    return sorted((l2 for l2, row in tried.items() if row["accuracy"] >= enough), reverse=True)
+
+
+def _alike(tried: dict[float, dict]) -> bool:
+    return len({row["accuracy"] for row in tried.values()}) <= 1
 
 
 def _beside(data: Problem, best: Optimum) -> dict[str, Optimum | None]:
