@@ -9,7 +9,7 @@ import torch
 from paperlib import data, heads, models, snp, taps, training
 from paperlib.cli import main
 from paperlib.data import text
-from paperlib.experiment import measure, networks, settings
+from paperlib.experiment import late, measure, networks, settings
 from paperlib.models.cct import attention
 
 WORDS = ("alarm", "balance", "set", "what")
@@ -106,6 +106,16 @@ def test_written_out_attention_is_the_fused_one(network):
     assert torch.allclose(*both, atol=1e-6)
     v[0, :, 4:] = 100  # what may not be attended to
     assert torch.allclose(attention(q, k, v, mask=mask)[0], both[0][0], atol=1e-6)
+
+
+def test_the_end_of_a_network_of_texts_answers_as_the_network(network):
+    """From the stream before its last encoder, in which what follows a text is 0."""
+    x = torch.tensor([[3, 4, 5, 0, 0, 0], [7, 2, 9, 9, 9, 0], [1, 2, 3, 4, 5, 6]])
+    (place,) = (place for place in taps.places(network, ["block"]) if place.encoder == 1)
+    stream = taps.features(network, [place], x, None, None)["1.block"]
+    assert not stream[0, 3:].any() and stream[2].all(dim=1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(late.Tail(network, 1)(stream), network(x))
 
 
 def test_silencing_a_head_is_cutting_its_columns(network):

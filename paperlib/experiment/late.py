@@ -130,11 +130,13 @@ def connections(network: nn.Module, reading: str, encoders: int) -> dict[str, tu
 
 
 class Tail(nn.Module):
-    """The last encoders of a transformer and its classifier: the stream before them (B, N, d) -> logits (B, labels)."""
+    """The last encoders of a transformer and its classifier: the stream before them (B, N, d) -> logits (B, labels). Of
+    texts, positions without a word, where the stream is 0, are masked."""
 
     def __init__(self, network: nn.Module, encoders: int):
         super().__init__()
         self.first = len(network.classifier.blocks) - encoders
+        self.of_texts = isinstance(network.tokenizer, nn.Embedding)
         self.classifier = copy.deepcopy(network.classifier).requires_grad_(True)
         self.classifier.blocks = self.classifier.blocks[-encoders:]
 
@@ -144,9 +146,10 @@ class Tail(nn.Module):
         return f"classifier.blocks.{int(number) - self.first}.{rest}"
 
     def forward(self, stream: Tensor) -> Tensor:
+        there = stream.ne(0).any(dim=2) if self.of_texts else None
         for block in self.classifier.blocks:
-            stream = block(stream)
-        return self.classifier.classify(stream)
+            stream = block(stream, there)
+        return self.classifier.classify(stream, there)
 
 
 class FilterTail(nn.Module):
