@@ -30,7 +30,7 @@ def headline(found: dict[str, Answer], summary: dict) -> str:
     return f"**{len(held)} of {len(found)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
 
 
-def answer_table(found: dict[str, Answer], data: str) -> str:
+def answer_table(found: dict[str, Answer], data: str = "") -> str:
     """One row a claim: what it says, the answer in words, the number to remember, the notebook."""
     lines = ["| claim of the abstract | our answer | in numbers | notebook |", "|---|---|---|---|"]
     for claim, answer in found.items():

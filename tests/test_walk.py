@@ -107,7 +107,7 @@ def test_a_notebook_runs_again_only_if_something_has_changed(folders, monkeypatc
 
     monkeypatch.setattr(cli_run, "run_notebook", execute)
     monkeypatch.setattr(cli_run.report, "write", lambda folder: folder)
-    every = ["01", "02", "03", "04", "05", "06", "00"]
+    every = ["01", "02", "03", "04", "05", "06", "08", "00"]
     assert walk() == every and walk() == []
     assert walk("--again", "--only", "02") == ["02"] and walk() == []
     (folders / "runs" / "quick" / "walk" / "03_andc_pruning.png").unlink()
