@@ -15,6 +15,7 @@ from paperlib.data import folder, held_out
 from paperlib.taps import Tap, counted, recording
 
 PERMUTATIONS = 200  # of nodes among heads
+HELD = 3.5  # times that activations are held at most: batch by batch, together, and as a readout's copies
 GRADIENTS = 400  # as long as these take the readouts of one tap, all penalties together: typical, not a bound
 
 
@@ -40,7 +41,6 @@ def probe(
     measured, or not in this machine's memory.
     """
     train, test, rows = _listed(train), _listed(test), []
-    _check_memory(cost(network, taps, train, test))
     for name, one in (("network", network), *([("null", null)] if null is not None else [])):
         known, y = features(one, taps, train)
         unseen, y_test = features(one, taps, test)
@@ -87,11 +87,13 @@ def cost(network: nn.Module, taps: list[Tap], train: Iterable, test: Iterable) -
     return pd.DataFrame(rows)
 
 
-def _check_memory(costs: pd.DataFrame) -> None:
-    needed, there = costs.gigabytes.sum(), folder.machine_memory() / 1e9
+def _check_memory(first: Mapping[str, Tensor], examples: int) -> None:
+    """Raise ValueError if the activations of so many examples, of which the first ones are known, would not fit."""
+    needed = HELD * 4 * examples * sum(part[0].numel() for part in first.values()) / 1e9
+    there = folder.machine_memory() / 1e9
     if needed > there:
         raise ValueError(
-            f"{len(costs)} taps need {needed:.1f} GB of memory, and this machine has {there:.1f} GB: "
+            f"{len(first)} taps need {needed:.1f} GB of memory, and this machine has {there:.1f} GB: "
             "measure fewer at a time, pooled ones (pooled=True), or fewer examples"
         )
 
@@ -224,14 +226,16 @@ def features(network: nn.Module, taps: list[Tap], batches: Iterable) -> tuple[di
     """Activations of all examples, fp32, in evaluation mode, tap name -> (n, T, D), and their labels (n,).
 
     Where inputs are a dictionary with an attention_mask (n, T), as Hugging Face's, activations behind it are 0, so that
-    padding says nothing."""
+    padding says nothing. ValueError, after the first batch, for activations that this machine cannot hold."""
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
-    labels = []
+    batches, labels = _listed(batches), []
     network.eval()
     with recording(network, taps) as recorded:
-        for inputs, own in _listed(batches):
+        for inputs, own in batches:
             _call(network, inputs, device)
+            if not labels:
+                _check_memory(recorded, sum(len(batch[1]) for batch in batches))
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             for name, parts in found.items():
                 parts.append(counted(recorded[name].float(), mask).clone())

@@ -104,11 +104,7 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
 
     config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "batch_size", "weight_decay", "label_smoothing")
     config |= {"seed": seed, "reading": reading, "encoders": encoders, "epochs": EPOCHS, "rate": RATE}
-    config |= {
-        "images": measure.examples(run),
-        "precision": run.settings.precision,
-        "max_steps": run.settings.max_steps,
-    }
+    config |= {"images": measure.examples(run)} | run.config("precision", "max_steps")
     return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs | {"sets": source.sha256}, make)
 
 

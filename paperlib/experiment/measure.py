@@ -52,7 +52,7 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
         if not run.settings.blind:
             run.log("the networks have seen the held-out images, which choose penalties: blind=true keeps them apart")
         images, weights, rows = prepared(run, seed, kind, network), {}, []
-        for number, group in enumerate(_groups(network, places, images)):
+        for number, group in enumerate(_groups(network, places, images, examples(run))):
             found, said = _solved(run, seed, kind, network, group, images, folder / f"solved-{number}.pt")
             weights |= found
             rows += said
@@ -182,10 +182,10 @@ def _of_tap(
     return pd.DataFrame(rows), of_nodes
 
 
-def _groups(network: nn.Module, places: list[Tap], images: Images) -> list[list[Tap]]:
-    """Taps whose features are held together: those of one encoder, as far as memory goes."""
+def _groups(network: nn.Module, places: list[Tap], images: Images, examples: int) -> list[list[Tap]]:
+    """Taps whose features of so many images are held together: those of one encoder, as far as memory goes."""
     one = taps.features(network, places, images.x_train[:1], *images.statistics)
-    number, groups = min(IMAGES, len(images.x_train)), []
+    number, groups = min(examples, len(images.x_train)), []
     for place in places:  # before hours of work
         snp.check_rotation(one[place.name].shape[2], place.groups)
     for _, along in itertools.groupby(sorted(places, key=lambda place: place.encoder), key=lambda place: place.encoder):
