@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 from paperlib import files
@@ -599,11 +600,36 @@ def pruned_readouts(table: pd.DataFrame, data: str) -> Figure:
             mean, (colour, marker) = rows.mean(numeric_only=True), METHOD_STYLES[method]
             axis.plot(mean.dilution, 100 * mean.retrained_loss, marker + "-", ms=5, color=colour, label=method)
             axis.plot(mean.dilution, 100 * mean.loss, marker + ":", ms=4, mfc="none", color=colour, alpha=0.6)
-        axis.axhline(0.5, color="grey", lw=0.8)
-        axis.set(xlabel="connections removed", title=names.get(tap, tap), yscale="symlog")
+        _points_lost(axis)
+        axis.set(xlabel="connections removed", title=names.get(tap, tap))
     axes[0, 0].set(ylabel="accuracy lost (points)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return _stamped(figure, f"{data}, filled: solved anew; line: half a point", data, table)
+
+
+@in_style(STYLE)
+def late_layers(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy lost by pruned late layers against the epochs that they and what follows are trained on
+    (`experiment.late`), mean and spread over seeds; one panel for each part that is pruned."""
+    parts = list(table.groupby(["encoders", "reading"], sort=False))
+    figure, axes = plt.subplots(1, len(parts), figsize=(1.6 + 1.7 * len(parts), 2.8), squeeze=False, sharey=True)
+    lengths = sorted(table.epochs.unique())
+    styles = {**METHOD_STYLES, "removed": (COLOURS[1], "P")}
+    for axis, ((encoders, reading), part) in zip(axes[0], parts, strict=True):
+        part = part.assign(place=part.epochs.map(lengths.index))
+        for method, (colour, marker) in styles.items():
+            _curve(axis, part[part.method == method], "loss", 100, f"{marker}-", colour, "place")
+        last = "last encoder" if encoders == 1 else f"last {encoders}"
+        removed = part[part.method == "andc"].dilution.mean()
+        title = f"{reading} of the {last}\n{removed:.0%} removed"
+        axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel="epochs", title=title)
+        _points_lost(axis)
+    axes[0, 0].set(ylabel="accuracy lost (points)")
+    for method, (colour, marker) in styles.items():
+        name = {"removed": "layer removed"}.get(method, method)
+        axes[0, 0].plot([], [], f"{marker}-", ms=5, color=colour, label=name)
+    figure.legend(loc="outside right center", fontsize=8)
+    return _stamped(figure, f"{data}, retrained; line: half a point", data, table)
 
 
 @in_style(STYLE)
@@ -626,6 +652,14 @@ def predicted_sets(table: pd.DataFrame, data: str, tap: str = "block") -> Figure
     right.set(xlabel="nodes in a set", ylabel="mean error (points)", xticks=range(len(sizes)), xticklabels=sizes)
     right.legend(title="predicted by", fontsize=8)
     return _stamped(figure, f"{data}, sets of nodes of {tap}", data, own)
+
+
+def _points_lost(axis) -> None:
+    """An axis for lost accuracy, from tenths of a point to a hundred, with C4's half point as a line."""
+    axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_locator(FixedLocator([-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 100]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.axhline(0.5, color="grey", lw=0.8)
 
 
 def _curve(axis, rows: pd.DataFrame, column: str, scale: float, line: str, colour, x: str = "encoder") -> None:

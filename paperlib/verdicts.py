@@ -369,25 +369,41 @@ HALF_A_POINT, ONE_POINT = 0.005, 0.01
 
 
 def pruning(table: pd.DataFrame, tap: str = STREAM, beside: bool = False) -> list[Row]:
-    """C4, reading R1, at the smallest dilution of at least one half, after retraining: the loss, mean over seeds, is at
-    most half a point, its upper bound at most one; and it is smaller than with random and permuted masks, on the same
-    images. The usual criteria stand beside. Errors are those of test images, which seeds share."""
+    """C4, reading R1, from the table of `experiment.readings`, at the smallest dilution of at least one half, after
+    retraining: the loss, mean over seeds, is at most half a point, its upper bound at most one; and it is smaller than
+    with random and permuted masks, on the same images. The usual criteria stand beside. Errors are those of test
+    images, which seeds share."""
     own = table[table.tap == tap]
     dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
     if not (dilution >= 0.5).any():
         raise ValueError(f"no threshold dilutes the readout of {tap} by one half: add larger prune_thresholds")
-    at = own[own.threshold == dilution[dilution >= 0.5].idxmin()]
+    return _spared(own[own.threshold == dilution[dilution >= 0.5].idxmin()], tap, "retrained_loss", beside)
+
+
+def late_layers(table: pd.DataFrame) -> list[Row]:
+    """C4, the other readings, from the table of `experiment.late`, after the longest retraining: the rows of `pruning`,
+    which decide nothing here, for every part that was pruned."""
+    rows = []
+    for (reading, encoders), part in table[table.epochs == table.epochs.max()].groupby(["reading", "encoders"]):
+        last = "last encoder" if encoders == 1 else f"last {encoders} encoders"
+        where = f"the last {encoders} layers' filters" if reading == "filters" else f"{reading} of the {last}"
+        rows += _spared(part, where, "loss", beside=True)
+    return rows
+
+
+def _spared(at: pd.DataFrame, where: str, loss: str, beside: bool) -> list[Row]:
+    """The rows of `pruning` from a table of one dilution, with the name of its column of losses."""
     rng = np.random.default_rng(0)
 
     def drawn(method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
         by_seed = at[at.method == method].groupby("seed")[[column, f"{column}_se"]].mean().to_numpy().T
         return by_seed[0], by_seed[0][:, None] + by_seed[1][:, None] * rng.normal(size=DRAWS)  # seeds share images
 
-    loss, draws = drawn("andc", "retrained_loss")
+    lost, draws = drawn("andc", loss)
     low, high = interval(over_seeds(draws, rng))
-    text = f"accuracy of {tap} lost by ANDC at dilution {dilution.loc[at.threshold.iloc[0]]:.2f}"
-    met = bool(loss.mean() <= HALF_A_POINT and high <= ONE_POINT)
-    spared = tuple(float(HALF_A_POINT - value) for value in loss)
+    text = f"accuracy of {where} lost by ANDC at dilution {at[at.method == 'andc'].dilution.mean():.2f}"
+    met = bool(lost.mean() <= HALF_A_POINT and high <= ONE_POINT)
+    spared = tuple(float(HALF_A_POINT - value) for value in lost)
     rows = [Row("C4", f"{text}, below half a point", spared, HALF_A_POINT - high, HALF_A_POINT - low, met, beside)]
     for method in ("random", "permuted", "magnitude", "activation"):
         aside = beside or method in ("magnitude", "activation")

@@ -133,6 +133,22 @@ def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     assert numbers(answers.removed(pd.DataFrame(rows))) == [60, 40, 80, 40]
 
 
+def test_late_layers_are_drawn_by_what_is_pruned_and_how_long_it_is_trained():
+    lost = {"unpruned": 0, "andc": 0.004, "random": 0.08, "permuted": 0.08, "magnitude": 0.08, "activation": 0.08}
+    rows = [
+        {"seed": seed, "reading": reading, "encoders": encoders, "method": method, "dilution": 0.6, "epochs": epochs}
+        | {"loss": loss * (1 + 2 * (reading == "W1")) / (1 + epochs)}
+        for (method, loss), (reading, encoders), epochs, seed in product(
+            (lost | {"removed": 0.16}).items(), (("W2", 1), ("W1", 1), ("W2", 2)), (0, 1), (0, 1)
+        )
+    ]
+    panels = figures.late_layers(pd.DataFrame(rows), "toy").axes
+    andc = [panel.lines[0].get_ydata().tolist() for panel in panels]
+    assert andc == [pytest.approx(lost) for lost in ([0.4, 0.2], [1.2, 0.6], [0.4, 0.2])]
+    assert panels[0].lines[len(figures.METHODS)].get_ydata() == pytest.approx([16, 8])
+    assert numbers(answers.retrained(pd.DataFrame(rows))) == [1, 2, 3, 3]
+
+
 def test_predicted_sets_are_drawn_for_native_nodes_of_trained_networks():
     rows = [
         {"seed": 0, "network": network, "basis": basis, "encoder": 1, "tap": "block", "size": size}

@@ -192,6 +192,21 @@ def test_a_sweep_without_a_large_dilution_says_so(refuses):
         verdicts.pruning(table[table.dilution < 0.5])
 
 
+def test_late_layers_are_judged_after_their_longest_training_and_decide_nothing():
+    late = pruned(lambda method, dilution: 0.002 if method == "andc" else 0.05).query("threshold == 0.3")
+    late = late.rename(columns={"retrained_loss": "loss", "retrained_loss_se": "loss_se"})
+    parts = [
+        late.assign(reading=reading, encoders=encoders, epochs=epochs, loss=late.loss + cost / epochs)
+        for reading, encoders, cost in (("W2", 1, 0.02), ("FF", 2, 0.2))
+        for epochs in (1, 10)
+    ]
+    rows = verdicts.late_layers(pd.concat(parts))
+    spared = {row.name: row.met for row in rows if "half a point" in row.name}
+    assert len(rows) == 10 and all(row.beside for row in rows)
+    assert [met for name, met in spared.items() if "W2" in name] == [True]
+    assert [met for name, met in spared.items() if "FF" in name] == [False]
+
+
 # --- heads and sets of nodes
 
 

@@ -41,13 +41,9 @@ def execute(options: argparse.Namespace) -> int:
 def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
     if kind == "pruned":
         yield readings.readouts(run, seed)
-    elif kind == "late" and heads:
-        for reading in late.READINGS:
-            yield late.pruned(run, seed, reading)
-        yield late.pruned(run, seed, "FF", 2)
     elif kind == "late":
-        for layers in late.DEPTHS[True]:
-            yield late.pruned(run, seed, late.FILTERS, layers)
+        for part in late.parts(run):
+            yield late.pruned(run, seed, *part)
     elif kind == "sets":
         for which in ("trained", "random"):
             yield sets.sets_of_nodes(run, seed, which)

@@ -108,6 +108,10 @@ CAPTIONS = {
         "07", "C4", "Accuracy lost by a readout whose nodes stay connected to the labels that they recognise.",
         "Random, permuted, magnitude and activation masks of equal dilution.",
     ),
+    "late_layers": (
+        "07", "C4", "Accuracy lost by pruned layers of the last encoders against the epochs of their retraining.",
+        "Random, permuted, magnitude and activation masks of equal dilution; the layer removed.",
+    ),
     "predicted_sets": (
         "07", "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",
         "A curve that knows the number of nodes, in the same encoder.",

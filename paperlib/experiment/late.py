@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,19 @@ READINGS = {
     "FF": ("ff", ("linear1", "linear2")),
     "proj": ("attention", ("self_attn.proj",)),
 }
+
+
+def parts(run: Run) -> list[tuple[str, int]]:
+    """What is pruned, and of how many last encoders or layers: the arguments of `pruned`."""
+    if run.settings.model.startswith("vgg"):
+        return [(FILTERS, layers) for layers in DEPTHS[True]]
+    return [*((reading, 1) for reading in READINGS), ("FF", 2)]
+
+
+def table(run: Run) -> pd.DataFrame:
+    """The table of `pruned`, everything that is pruned of the networks of all seeds."""
+    stages = [pruned(run, seed, *part) for seed in run.settings.seeds for part in parts(run)]
+    return pd.concat([stage.table("late") for stage in stages], ignore_index=True)
 
 
 def label_sets(run: Run, seed: int) -> Stage:
