@@ -608,6 +608,33 @@ def pruned_readouts(table: pd.DataFrame, data: str) -> Figure:
 
 
 @in_style(STYLE)
+def removed_connections(table: pd.DataFrame, data: str, tap: str = "block") -> Figure:
+    """Why pruning costs what it costs (`experiment.readings`): accuracy lost by ANDC right after pruning, with the
+    means of what was removed given back as biases, and solved anew (left); how much of what removed connections say is
+    alike for all images (right)."""
+    own = table[table.tap == tap]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3))
+    andc = own[own.method == "andc"].groupby("threshold").mean(numeric_only=True)
+    stages = (
+        ("loss", "o:", "right after"),
+        ("returned_loss", "s--", "means given back"),
+        ("retrained_loss", "o-", "solved anew"),
+    )
+    for column, line, name in stages:
+        left.plot(andc.dilution, 100 * andc[column], line, ms=5, color=METHOD_STYLES["andc"][0], label=name)
+    _points_lost(left)
+    left.set(xlabel="connections removed", ylabel="accuracy lost by ANDC (points)")
+    left.legend(fontsize=8)
+    for method in METHODS:
+        mean = own[own.method == method].groupby("threshold").mean(numeric_only=True)
+        colour, marker = METHOD_STYLES[method]
+        right.plot(mean.dilution, 100 * mean.constant, f"{marker}-", ms=5, color=colour, label=method)
+    right.set(xlabel="connections removed", ylabel="removed: alike for all images (%)", ylim=(0, None))
+    right.legend(fontsize=8)
+    return _stamped(figure, f"{data}, readout of {tap}: what is removed", data, own)
+
+
+@in_style(STYLE)
 def late_layers(table: pd.DataFrame, data: str) -> Figure:
     """Accuracy lost by pruned late layers against the epochs that they and what follows are trained on
     (`experiment.late`), mean and spread over seeds; one panel for each part that is pruned."""

@@ -124,6 +124,7 @@ def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     rows = [
         {"seed": 0, "tap": "block", "threshold": at, "method": method, "dilution": at + 0.2}
         | {"loss": 2 * at, "retrained_loss": at * (1 + (method == "random"))}
+        | {"returned_loss": 1.5 * at, "constant": 0.7}
         for method, at in product(figures.METHODS, (0.2, 0.4))
     ]
     (axis,) = figures.pruned_readouts(pd.DataFrame(rows), "toy").axes
@@ -131,6 +132,12 @@ def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     drawn = [line.get_ydata() for line in axis.lines[:2]]
     assert drawn[0] == pytest.approx([20, 40]) and drawn[1] == pytest.approx([40, 80])
     assert numbers(answers.removed(pd.DataFrame(rows))) == [60, 40, 80, 40]
+    why, share = figures.removed_connections(pd.DataFrame(rows), "toy").axes
+    assert [line.get_ydata() for line in why.lines[:3]] == [
+        pytest.approx(lost) for lost in ([40, 80], [30, 60], [20, 40])
+    ]
+    assert all(line.get_ydata() == pytest.approx([70, 70]) for line in share.lines)
+    assert numbers(answers.returned(pd.DataFrame(rows))) == [70, 80, 60, 40]
 
 
 def test_late_layers_are_drawn_by_what_is_pruned_and_how_long_it_is_trained():

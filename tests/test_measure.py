@@ -142,9 +142,21 @@ def test_a_pruned_readout_is_what_is_left_solved_anew(run, monkeypatch):
     for row in table.itertuples():
         straight, again = answers[f"2.{row.tap}/{row.method}/{row.draw}/{row.threshold:g}"].float().mean(dim=1)
         assert (row.accuracy, row.retrained_accuracy) == (pytest.approx(straight.item()), pytest.approx(again.item()))
+    assert table.constant.between(0, 1).all()
     andc = table[table.method == "andc"]
     assert (andc.andc_ahead == 0).all()
     assert andc.groupby("tap").dilution.apply(lambda part: part.is_monotonic_increasing).all()
+
+
+def test_nodes_that_say_the_same_of_every_image_are_given_back_as_a_bias():
+    random = torch.Generator().manual_seed(0)
+    weight, nodes = torch.randn(5, 3, 8, generator=random), torch.randn(40, 3, 8, generator=random)
+    nodes[:, :, :6] = nodes[0, :, :6]
+    mask = torch.rand(5, 8, generator=random) < 0.5
+    mask[:, 6:] = True
+    kept, constant = readings.split(weight, mask, nodes.mean(dim=0))
+    outputs = torch.einsum("ntd,ltd->nl", nodes, kept) + constant
+    assert torch.allclose(outputs, torch.einsum("ntd,ltd->nl", nodes, weight), atol=1e-4)
 
 
 def test_masks_keep_as_many_connections_and_rank_by_their_score():

@@ -32,7 +32,9 @@ def readouts(run: Run, seed: int) -> Stage:
     """Stage: the readouts of one trained network pruned at every threshold of the dilution sweep.
 
     readouts.csv: seed, tap, threshold, method, draw, dilution, l2, whole (accuracy unpruned), accuracy (right after
-    pruning), retrained_accuracy, and of both losses their standard errors over test images (loss, loss_se, ...);
+    pruning), returned_accuracy (the same, with biases that say what the removed connections said on average of training
+    images), retrained_accuracy, and of all losses their standard errors over test images (loss, loss_se, ...);
+    constant: share of what the removed connections say, sum of squares, that is alike for all images, 0..1;
     andc_ahead, andc_ahead_se: retrained accuracy of ANDC's mask less this one's, on the same images. answers.npz: tap
     -> (n_test,) and tap/method/draw/threshold -> (2, n_test) bool, right after pruning and retrained.
     """
@@ -68,30 +70,43 @@ def _pruned(run: Run, seed: int, network: nn.Module, place: Tap) -> tuple[pd.Dat
     features = taps.features(network, [place], pictures, *images.statistics)[place.name]
     own, unseen, test = features.split([len(chosen), len(held), len(images.x_test)])
     data = optimum.problem(own, y, len(images.classes), few=0)
-    whole = optimum.choose(data, unseen, y_held, log=lambda said: run.log(f"{place.name}: {said}")).best
+    whole = optimum.choose(data, unseen, y_held, log=lambda line: run.log(f"{place.name}: {line}")).best
     weight = whole.weight.unflatten(1, own.shape[1:])
     fields = snp.field_matrices(weight, snp.class_means(unseen, y_held, len(images.classes)))
-    size = own.square().mean(dim=0).sqrt()
+    size, mean = own.square().mean(dim=0).sqrt(), own.mean(dim=0)
 
-    def right(weight: Tensor) -> Tensor:
-        return (test.flatten(1) @ weight.flatten(1).T).argmax(dim=1) == images.y_test
+    def said(weight: Tensor) -> Tensor:
+        return test.flatten(1) @ weight.flatten(1).T
 
-    intact, rows, answers = right(weight), [], {place.name: right(weight).cpu()}
+    def right(outputs: Tensor) -> Tensor:
+        return outputs.argmax(dim=1) == images.y_test
+
+    everything = said(weight)
+    intact, rows, answers = right(everything), [], {place.name: right(everything).cpu()}
     for threshold in s.prune_thresholds:
         sets, andc_right = snp.diagonal_labels(snp.boolean_matrices(fields, threshold)), None
         for method, draw, mask in masks(sets, weight, size, seed):
-            everywhere = mask[:, None].expand_as(weight)
-            pruned = optimum.solve(optimum.masked(data, everywhere), whole.l2, whole)
-            straight, again = right(weight * everywhere), right(pruned.weight)
+            pruned = optimum.solve(optimum.masked(data, mask[:, None].expand_as(weight)), whole.l2, whole)
+            kept, constant = split(weight, mask, mean)
+            left = said(kept)
+            straight, returned, again = right(left), right(left + constant), right(said(pruned.weight))
             andc_right = again if method == "andc" else andc_right
             row = {"seed": seed, "tap": place.kind, "threshold": threshold, "method": method, "draw": draw}
             row |= {"dilution": 1 - mask.float().mean().item(), "l2": whole.l2, "whole": intact.float().mean().item()}
-            row |= andc.accuracy_loss("", intact, straight) | andc.accuracy_loss("retrained_", intact, again)
+            row |= andc.accuracy_loss("", intact, straight) | andc.accuracy_loss("returned_", intact, returned)
+            row |= andc.accuracy_loss("retrained_", intact, again)
+            row["constant"] = (constant.square().sum() / (everything - left).square().sum(dim=1).mean()).item()
             ahead = andc_right.float() - again.float()
             error = (ahead.std() / len(ahead) ** 0.5).item()
             rows.append(row | {"andc_ahead": ahead.mean().item(), "andc_ahead_se": error})
             answers[f"{place.name}/{method}/{draw}/{threshold:g}"] = torch.stack([straight, again]).cpu()
     return pd.DataFrame(rows), answers
+
+
+def split(weight: Tensor, mask: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What a mask (L, D) leaves of a readout (L, T, D), and what the rest says of mean activations (T, D): (L,)."""
+    kept = weight * mask[:, None]
+    return kept, ((weight - kept) * mean).sum(dim=(1, 2))
 
 
 def masks(sets: Tensor, weight: Tensor, size: Tensor, seed: int) -> Iterator[tuple[str, int, Tensor]]:
