@@ -94,7 +94,7 @@ if [ -z "$python" ]; then
         [ -z "$installed" ] || echo unfinished >".venv/$stamp"
         # PIP_USER and the like would put packages elsewhere.
         env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT "$python" -m pip install -qq --disable-pip-version-check \
-            -e ".[notebooks,tests]" -c constraints.txt ||
+            -e ".[notebooks,tests,site]" -c constraints.txt ||
             stop "The installation into .venv failed (see above): run this again to repeat it."
         echo "$wanted" >".venv/$stamp"
     fi

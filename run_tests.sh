@@ -9,7 +9,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 cd "$(pwd -P)"
 
 echo "Running the tests and the notebooks: 8 to 16 minutes on 2 cores, plus the installation if it is the first time" >&2
-extras=notebooks,tests
+extras=notebooks,tests,site
 . ./environment.sh
 
 folder=$(mktemp -d)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import sync_playwright
 
 from paperlib import paths
 from paperlib.experiment import settings, store
@@ -23,6 +24,21 @@ hypothesis.settings.register_profile("paperlib", derandomize=True, database=None
 hypothesis.settings.load_profile("paperlib")
 
 os.environ["PAPERLIB_HEADLESS"] = "1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture
+def browser():
+    """A real browser; skips the test where there is none."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no browser: install Chromium (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        # offline as far as the browser itself goes: it asks its makers for updates otherwise
+        quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        started = playwright.chromium.launch(executable_path=path, args=quiet)
+        yield started
+        started.close()
 
 
 @pytest.fixture

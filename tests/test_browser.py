@@ -10,26 +10,11 @@ import time
 import urllib.request
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from paperlib import paths
 from paperlib.cli import report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = '<script>document.title="hit"</script><img src="https://example.org/x" onerror="document.title=1">'
-
-
-@pytest.fixture
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no browser: install Chromium (Debian: apt install chromium)")
-    with sync_playwright() as playwright:
-        # offline as far as the browser itself goes: it asks its makers for updates otherwise
-        quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        started = playwright.chromium.launch(executable_path=path, args=quiet)
-        yield started
-        started.close()
 
 
 def watched(browser):

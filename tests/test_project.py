@@ -31,7 +31,8 @@ def test_environment_and_pyproject_name_the_same_packages():
     """conda calls PyTorch `pytorch`; everything else has one name and one lower bound in both files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {*project["dependencies"], *extras["notebooks"], *extras["tests"], f"python{project['requires-python']}"}
+    wanted = {*project["dependencies"], *functools.reduce(operator.iadd, extras.values(), [])}
+    wanted.add(f"python{project['requires-python']}")
     found, pip = set(), []
     for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
         if isinstance(entry, dict):

@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "compare committed networks and results with what they say of themselves",
     "publish": "put the results of a finished run where readers find them",
     "report": "write one self-contained page about a finished run",
+    "site": "build the documentation as a web site",
 }
 
 
