@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from paperlib import claims, files
 
@@ -255,6 +256,55 @@ def probed(table: pd.DataFrame) -> str:
         f"SNR goes from {first.snr:.1f} in {first.tap} to {last.snr:.1f} in {last.tap}, whose readout answers "
         f"{100 * last.accuracy:.0f} %. There, random weights have {other.snr:.1f} and {100 * other.accuracy:.0f} %, "
         f"and rotated nodes {last.snr_rotated:.1f}."
+    )
+
+
+def together(right: Tensor, nodes: int) -> str:
+    """Of a readout's right answers (n,) bool."""
+    return f"All {nodes} nodes together get {100 * right.float().mean():.0f} % of {len(right)} test images right."
+
+
+def recognised(boolean: Tensor, node: int, classes: tuple[str, ...]) -> str:
+    """Of one node's Boolean matrix (L, L): what lies on its diagonal."""
+    own = [classes[label] for label in boolean.diagonal().nonzero().flatten().tolist()]
+    more = f" and {len(own) - 8} more" if len(own) > 8 else ""
+    names = f": {', '.join(own[:8])}{more}" if own else ""
+    number = f"{len(own)} label{'s' * (len(own) != 1)}"
+    return f"Of {boolean.numel()} fields {int(boolean.sum())} count, {len(own)} of them on the diagonal: " + (
+        f"node {node} recognises {number}{names}."
+    )
+
+
+def counted(labels: int, clusters: int, internal: int, external: int, of: int) -> str:
+    """Of one node's labels, clusters and noise, of so many labels in all."""
+    noise = internal + external
+    snr = f"{labels * (of - 1) / noise:.1f}" if noise else "infinite"
+    return (
+        f"{labels} labels in {clusters} clusters, noise {internal} inside and {external} outside of them: signal "
+        f"{labels}/{of}, noise {noise}/{of * (of - 1)}, SNR {snr}."
+    )
+
+
+def versions(table: pd.DataFrame) -> str:
+    """Of a node's versions (`experiment.hand.compare`): trained, rotated, random weights."""
+    own, twin, random = table.itertuples()
+    moves = "less clean" if twin.snr < own.snr else "as clean, or cleaner"
+    return (
+        f"The rotated twin answers {twin.alike:.1%} of the images as the network does ({100 * twin.accuracy:.1f} % "
+        f"right), but its nodes are {moves}: SNR {twin.snr:.2f} instead of {own.snr:.2f}. Random weights have "
+        f"{random.snr:.2f}, and {100 * random.accuracy:.1f} % right."
+    )
+
+
+def turned(table: pd.DataFrame, threshold: float) -> str:
+    """Of nodes on their way to other directions (`experiment.hand.along`)."""
+    ends = table[table.threshold == threshold].groupby("version", sort=False)[["snr", "labels"]].agg(["first", "last"])
+    own, random = ends.iloc[0], ends.iloc[-1]
+    moves = "falls" if own["snr", "last"] < own["snr", "first"] else "rises"
+    return (
+        f"While the nodes turn, SNR {moves} from {own['snr', 'first']:.2f} to {own['snr', 'last']:.2f}, and a node "
+        f"recognises {own['labels', 'last']:.1f} labels instead of {own['labels', 'first']:.1f}; with random weights "
+        f"SNR goes from {random['snr', 'first']:.2f} to {random['snr', 'last']:.2f}."
     )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 from IPython.display import Markdown
+from IPython.display import display as show_all
+from matplotlib.figure import Figure
 
 from paperlib import pages
 from paperlib.experiment.settings import card
@@ -17,6 +19,11 @@ MAIN = ("data", "model", "cnn", "seeds", "weights", "epochs", "taps", "threshold
 def say(sentence: str) -> Markdown:
     """A sentence in bold, as Markdown."""
     return Markdown(f"**{sentence}**")
+
+
+def picture(figure: Figure, sentence: str) -> None:
+    """Show a picture and, in bold below it, what it says."""
+    show_all(figure, say(sentence))
 
 
 @dataclass(frozen=True)

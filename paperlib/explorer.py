@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Image
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
@@ -86,12 +87,7 @@ def node_canvas(images: Images) -> Callable[[Tensor, float, Tensor, str], bytes]
         names = [plain(images.classes[label]) for label in order[:shown]]
         for axis in (middle.xaxis, middle.yaxis):
             axis.set_major_formatter(FixedFormatter(names))
-        while frames:
-            frames.pop().remove()
-        corners = np.cumsum([0, *map(len, clusters)])[:-1] - 0.5
-        boxes = [plt.Rectangle((at, at), len(part), len(part)) for at, part in zip(corners, clusters, strict=True)]
-        for axis in (left, middle):
-            frames.append(axis.add_collection(PatchCollection(boxes, fc="none", ec=COLOURS[1], lw=1)))
+        _frame(frames, (left, middle), clusters)
         middle.set(xlim=(-0.5, shown - 0.5), ylim=(shown - 0.5, -0.5))
         left.set(xlim=(-0.5, labels - 0.5), ylim=(labels - 0.5, -0.5))
         for axis, picture, number in zip(small, pictures, drivers.tolist(), strict=False):
@@ -220,6 +216,95 @@ def heads(run: Run) -> widgets.Widget | Image:
     for control in (encoder, head):
         control.observe(show, "value")
     return widgets.VBox([widgets.HBox([encoder, head]), picture])
+
+
+def turning(
+    run: Run, table: pd.DataFrame, readout: tuple[Tensor, Tensor], way: Tensor, node: int
+) -> widgets.Widget | Image:
+    """Turn all nodes of a tap, and see one of them smear: choose a node, a threshold and how far -> its matrices, and
+    the SNR of the tap. Without a kernel: the picture half-way.
+
+    table: `experiment.hand.along`, readout: weight and class means (L, T, D) of its first version, way: (steps, D, D),
+    node: the first one to be shown."""
+    angles = table.groupby("step").angle.first()
+    draw, fields = turning_canvas(table, readout[0].shape[0]), snp.turned_node(*readout, way, node)
+    if not live():
+        return Image(draw(fields, len(way) // 2, run.settings.threshold))
+    steps = [(f"{angle:.0f}°", step) for step, angle in angles.items()]
+    angle = widgets.SelectionSlider(options=steps, value=0, description="angle")
+    which = widgets.IntSlider(node, min=0, max=way.shape[1] - 1, description="node")
+    level = widgets.SelectionSlider(
+        options=sorted(set(table.threshold)), value=run.settings.threshold, description="threshold"
+    )
+    picture, known = widgets.Image(format="png"), {node: fields}
+
+    def show(_=None) -> None:
+        if which.value not in known:
+            known[which.value] = snp.turned_node(*readout, way, which.value)
+        picture.value = draw(known[which.value], angle.value, level.value)
+
+    for control in (angle, which, level):
+        control.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox([angle, which, level]), picture])
+
+
+def turning_canvas(table: pd.DataFrame, labels: int) -> Callable[[Tensor, int, float], bytes]:
+    """A function that draws one node on its way as PNG: (field matrices (steps, L, L), step, threshold) -> bytes.
+    Labels keep the order of the clusters at the start, which are framed. table: `experiment.hand.along`."""
+    with in_style({**STYLE, "figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(10, 3.9), dpi=80)
+        canvas = FigureCanvasAgg(figure)
+        left, middle, right = (figure.add_axes([x, 0.14, 0.27, 0.7]) for x in (0.03, 0.34, 0.71))
+    empty = np.zeros((labels, labels))
+    field_image = left.imshow(empty, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    boolean_image = middle.imshow(empty, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    for axis in (left, middle):
+        axis.grid(False)
+        axis.set(xticks=[], yticks=[], xlabel="output label")
+    left.set(ylabel="input label", title="field / maximum")
+    versions = list(dict.fromkeys(table.version))
+    lines = [
+        right.plot([], [], "x--" if number else "o-", ms=4, color=COLOURS[number], label=version)[0]
+        for number, version in enumerate(versions)
+    ]
+    (here,) = right.plot([], [], "o", ms=11, mfc="none", mew=2, color=COLOURS[1])
+    right.set(xlabel="angle (°)", xlim=(-4, 94), ylim=(0, 1.1 * table.snr.max()), title="SNR of all nodes")
+    right.legend(fontsize=8, loc="lower left")
+    frames: list[PatchCollection] = []
+
+    def draw(fields: Tensor, step: int, threshold: float) -> bytes:
+        booleans = snp.boolean_matrices(fields[[0, step]], threshold)
+        clusters = snp.label_clusters(booleans[0])
+        order = by_cluster(clusters, labels)
+        field, boolean = fields[step], booleans[1]
+        field_image.set_data((field / field.max().clamp(min=1e-30))[order][:, order].numpy())
+        boolean_image.set_data(boolean[order][:, order].float().numpy())
+        _frame(frames, (left, middle), clusters)
+        for axis in (left, middle):
+            axis.set(xlim=(-0.5, labels - 0.5), ylim=(labels - 0.5, -0.5))
+        own = int(boolean.diagonal().sum())
+        middle.set_title(f"above {threshold:g}: {own} labels, noise {int(boolean.sum()) - own}", fontsize=9)
+        at = table[table.threshold == threshold]
+        for line, version in zip(lines, versions, strict=True):
+            rows = at[at.version == version]
+            line.set_data(rows.angle, rows.snr)
+        now = at[(at.version == versions[0]) & (at.step == step)].iloc[0]
+        here.set_data([now.angle], [now.snr])
+        right.set_title(f"turned by {now.angle:.0f}°: SNR of all nodes {now.snr:.2f}", fontsize=9)
+        return _png(canvas)
+
+    return draw
+
+
+def _frame(frames: list[PatchCollection], axes: tuple[Axes, ...], clusters: list[list[int]]) -> None:
+    """Frame clusters, which lie side by side, on these axes, in the place of the `frames` that were there."""
+    while frames:
+        frames.pop().remove()
+    corners = np.cumsum([0, *map(len, clusters)])[:-1] - 0.5
+    boxes = [plt.Rectangle((at, at), len(part), len(part)) for at, part in zip(corners, clusters, strict=True)]
+    for axis in axes:
+        frames.append(axis.add_collection(PatchCollection(boxes, fc="none", ec=COLOURS[1], lw=1)))
 
 
 def _png(canvas: FigureCanvasAgg) -> bytes:

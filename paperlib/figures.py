@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from paperlib import files
+from paperlib import files, snp
 from paperlib.data import EMBEDDED, Images
 from paperlib.taps import encoder_of
 
@@ -310,6 +310,65 @@ def node_matrix(field: Tensor, boolean: Tensor, clusters: list[list[int]], image
             small.axis("off")
             small.set_title(plain(classes[label], 14), fontsize=7, pad=2)
     return _stamped(figure, f"{images.name}, {node}", images.name)
+
+
+def _matrix(axis, matrix: Tensor, clusters: list[list[int]] | None = None) -> None:
+    """A field or Boolean matrix (L, L); labels in their order, or by cluster, clusters framed."""
+    order = by_cluster(clusters or [], len(matrix))
+    if matrix.is_floating_point():
+        axis.imshow(_scaled(matrix, order), interpolation="nearest", **FIELDS)
+    else:
+        axis.imshow(matrix[order][:, order].numpy(), interpolation="nearest", cmap="Greys", vmin=0, vmax=1)
+    _frame(axis, clusters or [])
+    axis.set(xticks=[], yticks=[])
+
+
+@in_style(PLAIN)
+def matrices(panels: dict[str, Tensor], data: str, place: str) -> Figure:
+    """Field or Boolean matrices (L, L) side by side, their names above them."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(0.5 + 3.2 * len(panels), 3.6), squeeze=False)
+    for axis, (name, matrix) in zip(axes[0], panels.items(), strict=True):
+        _matrix(axis, matrix)
+        axis.set(title=name, xlabel="output label", ylabel="input label" if axis is axes[0, 0] else "")
+    return _stamped(figure, f"{data}, {place}", data)
+
+
+@in_style(PLAIN)
+def node_versions(fields: dict[str, Tensor], table: pd.DataFrame, threshold: float, data: str, place: str) -> Figure:
+    """A node in several versions, one column each: field matrix, Boolean matrix, counts; labels by the clusters of each
+    (`experiment.hand.compare`)."""
+    figure, axes = plt.subplots(2, len(fields), figsize=(0.5 + 2.6 * len(fields), 5.9), squeeze=False)
+    for column, row in enumerate(table.itertuples()):
+        field = fields[row.version]
+        boolean = snp.boolean_matrices(field[None], threshold)[0]
+        for axis, matrix in zip(axes[:, column], (field, boolean), strict=True):
+            _matrix(axis, matrix, snp.label_clusters(boolean))
+        axes[0, column].set_title(f"{row.version}\nreadout {100 * row.accuracy:.1f} %, SNR {row.snr:.2f}", fontsize=10)
+        axes[1, column].set_xlabel(f"{row.labels} labels in {row.clusters} clusters,\nnoise {row.noise}", fontsize=10)
+    axes[0, 0].set_ylabel("field / maximum")
+    axes[1, 0].set_ylabel(f"above {threshold:g} of it")
+    return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
+
+
+@in_style(PLAIN)
+def turned(table: pd.DataFrame, fields: Tensor, threshold: float, data: str, place: str) -> Figure:
+    """Above: the Boolean matrix of a node at five steps of its way (fields: (steps, L, L)), labels by its first
+    clusters, which are framed. Below: SNR and recognised labels of all nodes of the tap along the way, one line a
+    version (`experiment.hand.along`)."""
+    part, booleans = table[table.threshold == threshold], snp.boolean_matrices(fields, threshold)
+    angles, clusters = part.groupby("step").angle.first().to_numpy(), snp.label_clusters(booleans[0])
+    figure, axes = plt.subplot_mosaic([[*"0011223344"], [*"aaaaabbbbb"]], figsize=(8.4, 5))
+    for column, step in enumerate(np.linspace(0, len(fields) - 1, 5).round().astype(int)):
+        _matrix(axes[str(column)], booleans[step], clusters)
+        axes[str(column)].set_title(f"turned by {angles[step]:.0f}°")
+    for axis, column, name in ((axes["a"], "snr", "SNR"), (axes["b"], "labels", "labels that a node recognises")):
+        for number, (version, rows) in enumerate(part.groupby("version", sort=False)):
+            line = "x--" if number else "o-"
+            axis.plot(rows.angle, rows[column], line, ms=4, color=COLOURS[number], label=version)
+        axis.set(xlabel="angle between a node and its old direction (°)", ylabel=name, ylim=(0, None))
+        axis.grid(True, alpha=0.25)
+    axes["a"].legend(loc="lower left")
+    return _stamped(figure, f"{data}, {place}", data)
 
 
 @in_style(STYLE)

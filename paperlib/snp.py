@@ -96,6 +96,25 @@ def rotated(values: Tensor, rotation: Tensor) -> Tensor:
     return values @ rotation.to(values)
 
 
+def turns(rotation: Tensor, steps: int) -> Tensor:
+    """The shortest way from native nodes to randomly rotated ones, in equal steps: (D, D) -> (steps, D, D), the first
+    one the identity, all orthogonal. If the rotation mirrors, the last one differs from it in the sign of a node, which
+    no field matrix sees."""
+    rotation = rotation.double()
+    if torch.linalg.det(rotation) < 0:  # there is no way to a mirror image
+        rotation = torch.cat([-rotation[:, :1], rotation[:, 1:]], dim=1)
+    values, vectors = torch.linalg.eig(rotation)
+    back = torch.linalg.inv(vectors)
+    powers = [(vectors * values.pow(share)) @ back for share in torch.linspace(0, 1, steps).tolist()]
+    return torch.stack(powers).real.float()
+
+
+def turned_node(readout_weight: Tensor, class_means: Tensor, way: Tensor, node: int) -> Tensor:
+    """Field matrices of one node at every step of a way (steps, D, D): (L, T, D), (L, T, D) -> (steps, L, L)."""
+    directions = way[:, :, node]
+    return field_matrices(*(rotated(part, directions.T) for part in (readout_weight, class_means)))
+
+
 def boolean_matrices(fields: Tensor, threshold: float = 0.3) -> Tensor:
     """(D, L, L) -> (D, L, L) bool: fields above `threshold` (in 0..1, strictly) times the node's own maximum (code).
 
@@ -287,6 +306,12 @@ def summarise(nodes: NodeStatistics, num_labels: int) -> TapStatistics:
         nodes_with_cluster=_quotient(float((nodes.clusters > 0).sum()), count),
         **{name: _quotient(value, count) for name, value in per_node.items()},
     )
+
+
+def snr(booleans: Tensor) -> float:
+    """SNR of a tap as in `tap_statistics`, counted without a search for clusters: (D, L, L) bool -> S / N."""
+    labels, ones = int(diagonal_labels(booleans).sum()), int(booleans.sum())
+    return _quotient(labels * (booleans.shape[1] - 1), ones - labels)
 
 
 def _quotient(a: float, b: float) -> float:

@@ -21,7 +21,9 @@ from paperlib.paths import folder_of, root
 
 EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
 # Figures of the first seed only
-FIRST_SEED = {"penalties", "node", "node_gallery", "head_map", "head_matrices", "attention_maps"}
+FIRST_SEED = {
+    "penalties", "node", "node_gallery", "head_map", "head_matrices", "attention_maps", "node_versions", "turned_nodes",
+}  # fmt: skip
 NO_NULL = "none, this shows what is counted; see node_distributions."
 BY_HEADS = "none in this picture; see head_specialisation."
 # figure -> (notebook, claim, what it shows, against which null)
@@ -123,6 +125,14 @@ CAPTIONS = {
     "your_network": (
         "08", "", "Readout accuracy, raw and centred SNR of a network of another library, stage by stage.",
         "Crosses: the same network with random weights. Dotted: rotated nodes.",
+    ),
+    "node_versions": (
+        "09", "", "One node of the last FF layer, by its number: field matrix, Boolean matrix, clusters framed.",
+        "Rotated twin, which carries the same information; the same network with random weights.",
+    ),
+    "turned_nodes": (
+        "09", "", "Above: the Boolean matrix of one node while it turns. Below: SNR and recognised labels of all nodes "
+        "of the last FF layer.", "Crosses: the same network with random weights, turned alike.",
     ),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ seed x network x encoder x tap x variant.
 """
 
 from paperlib.experiment import division as division
+from paperlib.experiment import hand as hand
 from paperlib.experiment import heads as heads
 from paperlib.experiment import late as late
 from paperlib.experiment import measure as measure
