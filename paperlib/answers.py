@@ -264,14 +264,14 @@ def together(right: Tensor, nodes: int) -> str:
     return f"All {nodes} nodes together get {100 * right.float().mean():.0f} % of {len(right)} test images right."
 
 
-def recognised(boolean: Tensor, node: int, classes: tuple[str, ...]) -> str:
-    """Of one node's Boolean matrix (L, L): what lies on its diagonal."""
+def recognised(boolean: Tensor, node: int, classes: tuple[str, ...], typical: float) -> str:
+    """Of one node's Boolean matrix (L, L): what lies on its diagonal; typical: the median of labels over all nodes."""
     own = [classes[label] for label in boolean.diagonal().nonzero().flatten().tolist()]
     more = f" and {len(own) - 8} more" if len(own) > 8 else ""
     names = f": {', '.join(own[:8])}{more}" if own else ""
-    number = f"{len(own)} label{'s' * (len(own) != 1)}"
-    return f"Of {boolean.numel()} fields {int(boolean.sum())} count, {len(own)} of them on the diagonal: " + (
-        f"node {node} recognises {number}{names}."
+    return (
+        f"Of {boolean.numel():,} fields {int(boolean.sum())} count, {len(own)} of them on the diagonal: node {node} "
+        f"recognises {len(own)} label{'s' * (len(own) != 1)}{names}. The median over nodes is {typical:.0f}."
     )
 
 
@@ -279,9 +279,10 @@ def counted(labels: int, clusters: int, internal: int, external: int, of: int) -
     """Of one node's labels, clusters and noise, of so many labels in all."""
     noise = internal + external
     snr = f"{labels * (of - 1) / noise:.1f}" if noise else "infinite"
+    number = f"{clusters} cluster{'s' * (clusters != 1)}"
     return (
-        f"{labels} labels in {clusters} clusters, noise {internal} inside and {external} outside of them: signal "
-        f"{labels}/{of}, noise {noise}/{of * (of - 1)}, SNR {snr}."
+        f"{labels} labels in {number}, noise {internal} inside and {external} outside of them: signal {labels}/{of}, "
+        f"noise {noise}/{of * (of - 1)}, SNR {snr}."
     )
 
 

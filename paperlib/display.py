@@ -3,6 +3,7 @@
 import html
 from dataclasses import dataclass
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
 from IPython.display import display as show_all
@@ -24,6 +25,7 @@ def say(sentence: str) -> Markdown:
 def picture(figure: Figure, sentence: str) -> None:
     """Show a picture and, in bold below it, what it says."""
     show_all(figure, say(sentence))
+    plt.close(figure)  # a notebook shows open figures again
 
 
 @dataclass(frozen=True)

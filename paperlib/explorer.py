@@ -262,14 +262,15 @@ def turning_canvas(table: pd.DataFrame, labels: int) -> Callable[[Tensor, int, f
     for axis in (left, middle):
         axis.grid(False)
         axis.set(xticks=[], yticks=[], xlabel="output label")
-    left.set(ylabel="input label", title="field / maximum")
+    left.set(ylabel="input label")
+    left.set_title("field / maximum", fontsize=9)
     versions = list(dict.fromkeys(table.version))
     lines = [
         right.plot([], [], "x--" if number else "o-", ms=4, color=COLOURS[number], label=version)[0]
         for number, version in enumerate(versions)
     ]
     (here,) = right.plot([], [], "o", ms=11, mfc="none", mew=2, color=COLOURS[1])
-    right.set(xlabel="angle (°)", xlim=(-4, 94), ylim=(0, 1.1 * table.snr.max()), title="SNR of all nodes")
+    right.set(xlabel="angle (°)", xlim=(-4, 94))
     right.legend(fontsize=8, loc="lower left")
     frames: list[PatchCollection] = []
 
@@ -289,6 +290,7 @@ def turning_canvas(table: pd.DataFrame, labels: int) -> Callable[[Tensor, int, f
         for line, version in zip(lines, versions, strict=True):
             rows = at[at.version == version]
             line.set_data(rows.angle, rows.snr)
+        right.set(ylim=(0, 1.15 * at.snr.max()))
         now = at[(at.version == versions[0]) & (at.step == step)].iloc[0]
         here.set_data([now.angle], [now.snr])
         right.set_title(f"turned by {now.angle:.0f}°: SNR of all nodes {now.snr:.2f}", fontsize=9)

@@ -344,7 +344,7 @@ def node_versions(fields: dict[str, Tensor], table: pd.DataFrame, threshold: flo
         for axis, matrix in zip(axes[:, column], (field, boolean), strict=True):
             _matrix(axis, matrix, snp.label_clusters(boolean))
         axes[0, column].set_title(f"{row.version}\nreadout {100 * row.accuracy:.1f} %, SNR {row.snr:.2f}", fontsize=10)
-        axes[1, column].set_xlabel(f"{row.labels} labels in {row.clusters} clusters,\nnoise {row.noise}", fontsize=10)
+        axes[1, column].set_xlabel(f"labels {row.labels}, clusters {row.clusters}, noise {row.noise}", fontsize=10)
     axes[0, 0].set_ylabel("field / maximum")
     axes[1, 0].set_ylabel(f"above {threshold:g} of it")
     return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
@@ -357,17 +357,22 @@ def turned(table: pd.DataFrame, fields: Tensor, threshold: float, data: str, pla
     version (`experiment.hand.along`)."""
     part, booleans = table[table.threshold == threshold], snp.boolean_matrices(fields, threshold)
     angles, clusters = part.groupby("step").angle.first().to_numpy(), snp.label_clusters(booleans[0])
-    figure, axes = plt.subplot_mosaic([[*"0011223344"], [*"aaaaabbbbb"]], figsize=(8.4, 5))
-    for column, step in enumerate(np.linspace(0, len(fields) - 1, 5).round().astype(int)):
-        _matrix(axes[str(column)], booleans[step], clusters)
-        axes[str(column)].set_title(f"turned by {angles[step]:.0f}°")
-    for axis, column, name in ((axes["a"], "snr", "SNR"), (axes["b"], "labels", "labels that a node recognises")):
+    figure = plt.figure(figsize=(8.4, 4.6))
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+    steps = np.linspace(0, len(fields) - 1, 5).round().astype(int)
+    for axis, step in zip(above.subplots(1, 5), steps, strict=True):
+        _matrix(axis, booleans[step], clusters)
+        own = int(booleans[step].diagonal().sum())
+        axis.set_title(f"turned by {angles[step]:.0f}°")
+        axis.set_xlabel(f"{own} labels, noise {int(booleans[step].sum()) - own}", fontsize=8)
+    axes = below.subplots(1, 2)
+    for axis, column, name in zip(axes, ("snr", "labels"), ("SNR", "labels of a node"), strict=True):
         for number, (version, rows) in enumerate(part.groupby("version", sort=False)):
             line = "x--" if number else "o-"
             axis.plot(rows.angle, rows[column], line, ms=4, color=COLOURS[number], label=version)
         axis.set(xlabel="angle between a node and its old direction (°)", ylabel=name, ylim=(0, None))
         axis.grid(True, alpha=0.25)
-    axes["a"].legend(loc="lower left")
+    axes[0].legend(loc="lower left")
     return _stamped(figure, f"{data}, {place}", data)
 
 

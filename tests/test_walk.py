@@ -29,7 +29,7 @@ FIGURES = {
     "learning_curve", "snr_per_encoder", "threshold_sweep", "node", "node_distributions", "node_gallery", "penalties",
     "predicted_accuracies", "accuracy_against_dilution", "head_map", "head_matrices", "head_experts",
     "head_specialisation", "cooperation", "attention_maps", "cnn_learning_curve", "two_halves",
-    "cnn_accuracy_against_dilution",
+    "cnn_accuracy_against_dilution", "node_versions", "turned_nodes",
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_a_notebook_runs_again_only_if_something_has_changed(folders, monkeypatc
 
     monkeypatch.setattr(cli_run, "run_notebook", execute)
     monkeypatch.setattr(cli_run.report, "write", lambda folder: folder)
-    every = ["01", "02", "03", "04", "05", "06", "08", "00"]
+    every = ["01", "02", "03", "04", "05", "06", "08", "09", "00"]
     assert walk() == every and walk() == []
     assert walk("--again", "--only", "02") == ["02"] and walk() == []
     (folders / "runs" / "quick" / "walk" / "03_andc_pruning.png").unlink()

@@ -17,11 +17,7 @@ from paperlib.experiment import measure
 from paperlib.experiment.networks import load_network
 from paperlib.experiment.store import Run
 
-LEARNT, CHOOSING, ASKED = (
-    20,
-    5,
-    15,
-)  # images a label that a readout learns from, that choose its penalty, that it is asked
+LEARNT, CHOOSING, ASKED = 15, 5, 15  # images of each label: to solve a readout, to choose its penalty, to ask it
 
 
 def read(run: Run, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +39,16 @@ def read(run: Run, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     data = optimum.problem(for_learning, y, labels)
     best = optimum.choose(data, for_choosing, y_choosing, log=lambda said: None).best
     return best.weight.unflatten(1, nodes.shape[1:]).cpu(), tested.clone().cpu(), run.images.y_test[asked]
+
+
+def clear(booleans: Tensor) -> int:
+    """A node that is easy to look at: of those with at least four labels in several clusters the one with the least
+    noise outside of them; where there is none, a typical one. (D, L, L) bool -> its number."""
+    found = snp.node_statistics(booleans)
+    easy = (found.labels >= 4) & (found.clusters > 1) & (found.internal > 0)
+    if not easy.any():
+        return snp.chosen_nodes(found)["typical"]
+    return int(found.external.where(easy, found.external.max() + 1).argmin())
 
 
 def answers(weight: Tensor, nodes: Tensor) -> Tensor:
