@@ -16,6 +16,7 @@ COMMANDS = {
     "list": "show profiles, notebooks and parameters",
     "train": "train networks: of a profile, on several devices too, or one to be committed",
     "measure": "measure the nodes of a profile's networks, as the notebooks would",
+    "explore": "write one page to look at single nodes and heads by hand",
     "check": "compare committed networks and results with what they say of themselves",
     "publish": "put the results of a finished run where readers find them",
     "report": "write one self-contained page about a finished run",

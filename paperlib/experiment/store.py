@@ -76,6 +76,7 @@ class Run:
     known_sha256: str | None = None  # of images that are not at hand: then nothing is computed
     log: Callable[[str], None] = print
     prefix: str = ""  # of its stages' names, for a run within a run
+    finished_only: bool = False  # a stage that is not finished is an error, not computed
     finished: dict[Path, Stage] = field(default_factory=dict)  # stages of this process, by folder
 
     @cached_property
@@ -147,6 +148,11 @@ class Run:
     def _computed(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
         if self.known_sha256:
             raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
+        if self.finished_only and not (folder / MANIFEST).exists():
+            raise FileNotFoundError(
+                f"{record['stage']} is not finished, or not with these settings: "
+                f"python -m paperlib measure {self.profile}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = locked(folder.parent / ".lock")
