@@ -80,7 +80,8 @@ def views(run: Run, seed: int, kind: str) -> Iterator[dict]:
     owners = division.specialisation(run, seed, kind).table("owners")
     network, _ = networks.load_network(run, seed, kind)
     images, found = measure.prepared(run, seed, kind, network), []
-    for place in taps.places_first_middle_last(network, TAPS):
+    places = taps.places_first_middle_last(network, TAPS)
+    for place in places:
         weight = weights[f"{place.name}/best"]
         accuracy = table[(table.encoder == place.encoder) & (table.tap == place.kind)].accuracy.iloc[0]
         bases = {"native": torch.eye(weight.shape[2])}
@@ -94,7 +95,7 @@ def views(run: Run, seed: int, kind: str) -> Iterator[dict]:
             owned = [owner[owner.owner == head].label.tolist() for head in range(place.heads)]
             found.append((place, readout, turn, nodes, view | known | {"accuracy": accuracy, "owned": owned}))
     answers = [[] for _ in found]
-    for batch in taps.activations(network, [place for place, *_ in found], images.x_test, *images.statistics):
+    for batch in taps.activations(network, places, images.x_test, *images.statistics):
         for (place, readout, turn, nodes, _), said in zip(found, answers, strict=True):
             activations = snp.rotated(batch[place.name].cpu(), turn)
             fields = macroscopic.node_fields(activations[..., nodes], readout[..., nodes])
