@@ -112,9 +112,10 @@ function draw(canvas, order, count, colour, margin = 0) {
 
 function drawLarge(shown, clusters) {
   draw($("field"), shown.order, L, (input, output) => fieldColour(shown.matrix[input * L + output]));
-  const margin = Math.min(110, $("boolean").clientWidth * .27);
+  const longest = Math.max(...shown.order.slice(0, SHOWN).map(label => Math.min(22, data.classes[label].length)));
+  const margin = Math.min($("boolean").clientWidth * .27, 14 + 6 * longest);
   const context = draw($("boolean"), shown.order, SHOWN, booleanColour(shown, clusters), margin);
-  const {edge, side} = $("boolean").layout, end = edge + side * SHOWN, size = Math.min(side * .9, edge * .14);
+  const {edge, side} = $("boolean").layout, end = edge + side * SHOWN, size = Math.min(side * .9, 13 * $("boolean").width / $("boolean").clientWidth);
   context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--line");
   for (let at = 0; at <= SHOWN; at++) for (const [x, y, u, v] of [[edge, edge + at * side, end, edge + at * side], [edge + at * side, edge, edge + at * side, end]]) {
     context.beginPath(); context.moveTo(x, y); context.lineTo(u, v); context.stroke();
@@ -195,7 +196,7 @@ function drawDrivers({view, number}) {
 function drawCurve() {
   const lines = NETWORKS.map(network => viewOf(network).snr), top = Math.min(8, Math.max(2, ...lines.flatMap(line => line.slice(4, 90)).filter(Boolean)));
   const x = threshold => 40 + threshold * 5, y = snr => 180 - 165 * Math.min(1, snr / top);
-  const paint = ["--own", "--outside", "--inside"], parts = [];
+  const paint = ["--own", "--outside", "--plus"], parts = [];
   const svg = (tag, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -245,7 +246,7 @@ function drawCell(shown = shownOf(state.network), clusters = clustersOf(shown.ma
 function drawAll() {
   const shown = shownOf(state.network), clusters = clustersOf(shown.matrix, state.threshold);
   state.cell ??= [shown.order[0], shown.order[0]];
-  $("level").textContent = `${number(state.threshold / 100)} of the largest`;
+  $("level").textContent = `${number(state.threshold / 100)} of the largest entry`;
   drawTiles(); drawCell(shown, clusters); drawAbout(shown, clusters); drawDrivers(shown); drawCurve(); drawRules();
 }
 

@@ -1,5 +1,6 @@
 """The page of single nodes: its levels are Boolean matrices, and in a real browser its numbers are those of `snp`."""
 
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,13 +11,14 @@ from paperlib import optimum, page_explorer, snp, taps
 from paperlib.cli import main
 from paperlib.experiment import division, measure, networks, settings
 
-CUT = {"epochs": 1, "max_steps": 10, "precision": "fp32", "permutations": 10, "threshold_sweep": [0.2, 0.3, 0.5]}
-TINY = {"glyphs100": {"limit": 400, "model": "cct_2_3x2", "image_size": 16}, "phrases20": {"limit": 400}}
+CUT = {"epochs": 1, "max_steps": 10, "precision": "fp32", "permutations": 10, "threshold_sweep": [0.3, 0.5]}
+SMALL = {"limit": 400, "model": "cct_2_3x2", "image_size": 16}
 HOSTILE = "</script><script>document.title='hit'</script><b>"
 
 
+@contextmanager
 def measured(folder, profile, changes):
-    """A run whose first two kinds of networks are measured, with readouts that are hardly solved."""
+    """A run whose trained and random network are measured, with readouts that are hardly solved."""
 
     def roughly(data, unseen, labels, log=print, beside=False):
         return optimum.Choice(optimum.solve(data, 1.0, None, 0.3), [{"l2": 1.0, "accuracy": 0.0}])
@@ -24,6 +26,8 @@ def measured(folder, profile, changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAPERLIB_RUNS", str(folder))
         patch.setattr(measure, "ONCE", ())
+        patch.setattr(measure, "FOLDS", 3)
+        patch.setattr(snp, "ROTATIONS", 1)
         patch.setattr(optimum, "choose", roughly)
         run = settings.open_run(profile, CUT | changes)
         for kind in ("trained", "random"):
@@ -33,7 +37,18 @@ def measured(folder, profile, changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    yield from measured(tmp_path_factory.mktemp("runs"), "quick", TINY["glyphs100"])
+    with measured(tmp_path_factory.mktemp("runs"), "quick", SMALL) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def path(run, tmp_path_factory):
+    """The page, with a label whose name is a script."""
+    images = replace(run.images, classes=(HOSTILE, *run.images.classes[1:]))
+    path = tmp_path_factory.mktemp("page") / "explorer.html"
+    path.write_text(page_explorer.page(replace(run, images=images, known_sha256=run.data_sha256)))
+    assert path.stat().st_size < 6e6
+    return path
 
 
 @pytest.fixture
@@ -84,12 +99,8 @@ def fields_of(run, network, name):
 
 
 @pytest.fixture
-def opened(browser, run, tmp_path):  # noqa: F811
-    """The page in a browser, with a label whose name is a script; nothing is asked for, nothing goes wrong."""
-    images = replace(run.images, classes=(HOSTILE, *run.images.classes[1:]))
-    path = tmp_path / "explorer.html"
-    path.write_text(page_explorer.page(replace(run, images=images, known_sha256=run.data_sha256)))
-    assert path.stat().st_size < 6e6
+def opened(browser, path):  # noqa: F811
+    """The page in a browser; nothing is asked for, nothing goes wrong."""
     page, errors, requests = watched(browser)
     page.goto(path.as_uri())
     page.locator("body[data-ready]").wait_for(timeout=30_000)
@@ -148,8 +159,8 @@ def test_the_page_answers_to_hands_and_keys(opened):
     opened.get_by_role("button", name="random").click()
     assert opened.locator("button[aria-pressed=true]").count() == 1
     assert "random" in opened.locator("#which").text_content()
-    opened.get_by_label("tap").select_option("attn")
-    opened.get_by_label("node").select_option("head 1")
+    opened.locator("#tap").select_option("attn")
+    opened.locator("#stop").select_option("head 1")
     assert (
         "head 1 as a whole" in opened.locator("#which").text_content()
         and "owns" in opened.locator("#clusters").text_content()
@@ -182,3 +193,15 @@ def test_it_fits_a_phone(opened, scheme):
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
     corner = opened.evaluate("[...$('field').getContext('2d').getImageData(3, 3, 1, 1).data]")
     assert corner[3] == 255
+
+
+@pytest.mark.slow
+def test_texts_are_shown_as_words(browser, tmp_path):  # noqa: F811
+    with measured(tmp_path, "quick-text", {"limit": 400}) as run:
+        (tmp_path / "explorer.html").write_text(page_explorer.page(run))
+    page, errors, _ = watched(browser)
+    page.goto((tmp_path / "explorer.html").as_uri())
+    page.locator("body[data-ready]").wait_for(timeout=30_000)
+    said = page.locator("#drivers q").first.text_content().split()
+    assert len(said) >= 3 and set(said) <= {*run.images.words, "…"} and not page.locator(".picture").count()
+    assert errors == []
