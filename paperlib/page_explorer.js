@@ -148,7 +148,7 @@ function describeCell(shown, {cluster}) {
   const [input, output] = state.cell, level = shown.matrix[input * L + output];
   const kind = level < state.threshold ? "below the threshold" : input === output ? "recognised"
     : cluster[input] >= 0 && cluster[input] === cluster[output] ? "internal noise" : "external noise";
-  const text = element("span", `${data.classes[input]} → ${data.classes[output]}: ${number(level / 100)} of the largest entry, ${kind}`);
+  const text = element("span", `${data.texts.length ? "texts" : "images"} of ${data.classes[input]} → answer ${data.classes[output]}: ${number(level / 100)} of the largest entry, ${kind}`);
   $("cell").replaceChildren(...examplesOf(input, 1), text, ...(input === output ? [] : examplesOf(output, 1)));
 }
 
@@ -194,8 +194,8 @@ function drawDrivers({view, number}) {
 }
 
 function drawCurve() {
-  const lines = NETWORKS.map(network => viewOf(network).snr), top = Math.min(8, Math.max(2, ...lines.flatMap(line => line.slice(4, 90)).filter(Boolean)));
-  const x = threshold => 40 + threshold * 5, y = snr => 180 - 165 * Math.min(1, snr / top);
+  const lines = NETWORKS.map(network => viewOf(network).snr), top = Math.ceil(Math.log2(Math.max(2, ...lines.flatMap(line => line.slice(0, 95)))));
+  const x = threshold => 40 + threshold * 5, y = snr => 180 - 165 * (Math.log2(Math.max(snr, .5)) + 1) / (top + 1);
   const paint = ["--own", "--outside", "--plus"], parts = [];
   const svg = (tag, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -204,7 +204,7 @@ function drawCurve() {
     parts.push(made);
   };
   for (const at of [0, 20, 40, 60, 80, 100]) svg("text", {x: x(at), y: 196, "text-anchor": "middle"}, number(at / 100, 1));
-  for (const snr of [0, 1, ...[2, 4, 6, 8].filter(value => value <= top)]) svg("text", {x: 32, y: y(snr) + 4, "text-anchor": "end"}, snr);
+  for (const snr of [...Array(top + 2).keys()].map(power => 2 ** (power - 1))) svg("text", {x: 32, y: y(snr) + 4, "text-anchor": "end"}, snr);
   svg("path", {d: `M40,15V180H540M40,${y(1)}H540`, class: "axis", fill: "none"});
   svg("text", {x: 290, y: 209, "text-anchor": "middle"}, "threshold");
   lines.forEach((line, which) => {
@@ -246,7 +246,7 @@ function drawCell(shown = shownOf(state.network), clusters = clustersOf(shown.ma
 function drawAll() {
   const shown = shownOf(state.network), clusters = clustersOf(shown.matrix, state.threshold);
   state.cell ??= [shown.order[0], shown.order[0]];
-  $("level").textContent = `${number(state.threshold / 100)} of the largest entry`;
+  $("level").textContent = number(state.threshold / 100);
   drawTiles(); drawCell(shown, clusters); drawAbout(shown, clusters); drawDrivers(shown); drawCurve(); drawRules();
 }
 

@@ -196,11 +196,18 @@ def test_it_fits_a_phone(opened, scheme):
 
 
 @pytest.mark.slow
-def test_texts_are_shown_as_words(browser, tmp_path):  # noqa: F811
-    with measured(tmp_path, "quick-text", {"limit": 400}) as run:
-        (tmp_path / "explorer.html").write_text(page_explorer.page(run))
+def test_the_command_writes_texts_as_words(browser, tmp_path, capsys):  # noqa: F811
+    changes = {"limit": 400}
+    with measured(tmp_path, "quick-text", changes) as run:
+        capsys.readouterr()
+        assert (
+            main(["explore", "quick-text", "--set", *(f"{name}={value}" for name, value in (CUT | changes).items())])
+            == 0
+        )
+    path = run.output / "explorer.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
     page, errors, _ = watched(browser)
-    page.goto((tmp_path / "explorer.html").as_uri())
+    page.goto(path.as_uri())
     page.locator("body[data-ready]").wait_for(timeout=30_000)
     said = page.locator("#drivers q").first.text_content().split()
     assert len(said) >= 3 and set(said) <= {*run.images.words, "…"} and not page.locator(".picture").count()
