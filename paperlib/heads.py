@@ -257,7 +257,7 @@ def growing_sets(order: Tensor) -> Tensor:
 def right_answers_per_label(fields: Tensor, labels: Tensor) -> Tensor:
     """How many images of each label are answered correctly: fields (S, n, L), labels (n,) -> (S, L)."""
     right = (fields.argmax(dim=2) == labels).to(fields)
-    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, right)
+    return fields.new_zeros(len(fields), fields.shape[2]).index_add_(1, labels, right)
 
 
 def choices_per_label(fields: Tensor, labels: Tensor, own: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def choices_per_label(fields: Tensor, labels: Tensor, own: Tensor) -> Tensor:
     below = sum((part & own[:, None]).sum(dim=2) for part in (fields < target, fields <= target)) / 2 - 0.5
     others = own.sum(dim=1, keepdim=True) - 1.0
     share = below / others.where(others > 0, torch.nan)
-    return torch.zeros_like(fields[:, 0]).index_add_(1, labels, share)
+    return fields.new_zeros(len(fields), fields.shape[2]).index_add_(1, labels, share)
 
 
 def cooperation_table(sets: Tensor, own: Tensor, right: Tensor, choice: Tensor, alone: Tensor) -> pd.DataFrame:

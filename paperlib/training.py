@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from paperlib import distributed, files
+from paperlib import distributed, files, limit
 from paperlib.data import BATCH, Images, augmented_batches, normalise
 from paperlib.data.augmentation import augment
 from paperlib.muon import Muon
@@ -129,7 +129,8 @@ def train(
     With `checkpoint`, the state is saved after each epoch (written whole or not at all), and a later call with the same
     recipe and seed goes on from there: every random number derives from (seed, purpose, epoch) and the precision is the
     checkpoint's, so an interrupted training ends like an uninterrupted one. Raises ValueError for a checkpoint that
-    does not fit, FloatingPointError with the step at which the loss stopped being finite (the last checkpoint stays).
+    does not fit, FloatingPointError with the step at which the loss stopped being finite (the last checkpoint stays),
+    and `limit.TimeIsUp` before an epoch.
     Under `paperlib.distributed` every rank takes its share of each batch; rank 0's checkpoint and precision count.
     """
     device = data.x_train.device
@@ -148,6 +149,8 @@ def train(
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
     parallel = distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
+        if checkpoint is not None:  # else all would be lost
+            limit.before(f"epoch {epoch + 1} of {recipe.epochs}")
         start = time.monotonic()
         lr, losses = _train_epoch(network, parallel, parts, data, recipe, seed, epoch)
         _check_finite(losses, network, epoch)

@@ -340,3 +340,11 @@ def test_ties_are_drawn_and_nothing_else():
     clear = ~first.tied
     assert torch.equal(drawn.owner[clear], first.owner[clear]) and torch.equal(drawn.tied, first.tied)
     assert 0.4 < drawn.owner[first.tied].float().mean() < 0.6
+
+
+def test_a_fold_without_images_adds_nothing():
+    """Few test images leave some of ten folds empty."""
+    fields, labels = torch.randn(3, 0, 4), torch.zeros(0, dtype=torch.long)
+    own = torch.tensor([[True, True, False, True]]).expand(3, -1)
+    for sums in (heads.right_answers_per_label(fields, labels), heads.choices_per_label(fields, labels, own)):
+        assert torch.equal(sums, torch.zeros(3, 4))

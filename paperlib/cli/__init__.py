@@ -1,7 +1,7 @@
 """One entry for everything that is done from a shell: python -m paperlib COMMAND ... (./run_all.sh is `run`).
 
 A command is a module of this folder with `add_arguments(parser)` and `execute(options) -> exit code`. Wrong input, and
-whatever stops a command before its work is done, is one sentence and exit code 2.
+whatever stops a command before its work is done, is one sentence and exit code 2; a time limit (--minutes) is 124.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 from contextlib import suppress
+
+from paperlib import limit
 
 COMMANDS = {
     "run": "run the notebooks of a profile, from training to figures",
@@ -40,7 +42,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Execute one command; returns the exit code: 0 done, 1 the work failed, 2 wrong input."""
+    """Execute one command; returns the exit code: 0 done, 1 the work failed, 2 wrong input, 124 its time was up."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to stop
@@ -48,7 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     with suppress(ValueError):  # of a thread, which gets no signals
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        return options.execute(options)
+        with limit.limited(getattr(options, "minutes", None)):
+            return options.execute(options)
+    except limit.TimeIsUp as stop:
+        goes_on = f"the same command goes on with {stop}"
+        print(f"paperlib {options.command}: stopped after {options.minutes:g} minutes: {goes_on}", file=sys.stderr)
+        return 124  # as of timeout(1)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -70,3 +77,9 @@ def add_changes(parser: argparse.ArgumentParser) -> None:
     """The option that replaces values of a profile, for every command that takes one."""
     text = "replace values of the profile, e.g. --set epochs=3 'seeds=[0, 1, 2]'"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """The option that ends a command where it can go on, for every command whose work is in pieces."""
+    text = "start no further piece (an epoch, a tap, a stage) after so many minutes, and end with exit code 124"
+    parser.add_argument("--minutes", type=float, metavar="M", help=text)

@@ -8,7 +8,8 @@ training takes about as long: --seed and --kind measure it in pieces.
 import argparse
 from collections.abc import Iterator
 
-from paperlib.cli import add_changes
+from paperlib import limit
+from paperlib.cli import add_changes, add_limit
 from paperlib.experiment import division, late, measure, networks, readings, sets, settings
 from paperlib.experiment.store import Run, Stage
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="this seed only")
     text = "one part only: of trained or random networks, shuffled labels, pruned readouts, sets of nodes, late layers"
     parser.add_argument("--kind", choices=KINDS, help=text)
+    add_limit(parser)
     add_changes(parser)
 
 
@@ -29,12 +31,20 @@ def execute(options: argparse.Namespace) -> int:
     run = networks.cnn_half(run) if options.cnn else run
     if options.seed is not None and options.seed not in run.settings.seeds:
         raise ValueError(f"seed {options.seed} is not one of the profile's: {run.settings.seeds}")
-    for seed in run.settings.seeds:
-        for kind in KINDS:
-            shuffled_once = kind != "shuffled" or seed == run.settings.seeds[0]
-            if options.seed in (None, seed) and options.kind in (None, kind) and shuffled_once:
-                for stage in _stages(run, seed, kind, heads=not options.cnn):
-                    print(stage.folder)
+    parts = [
+        (seed, kind)
+        for seed in run.settings.seeds
+        for kind in KINDS
+        if options.seed in (None, seed)
+        and options.kind in (None, kind)
+        and (kind != "shuffled" or seed == run.settings.seeds[0])
+    ]
+    for number, (seed, kind) in enumerate(parts, start=1):
+        try:
+            for stage in _stages(run, seed, kind, heads=not options.cnn):
+                print(stage.folder)
+        except limit.TimeIsUp as stop:
+            raise limit.TimeIsUp(f"{stop}, in part {number} of {len(parts)} ({kind}, seed {seed})") from None
     return 0
 
 

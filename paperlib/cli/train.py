@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 
 from paperlib import data, files, models, training
-from paperlib.cli import add_changes
+from paperlib.cli import add_changes, add_limit
 from paperlib.distributed import broadcast, check_same, rank_and_ranks
 from paperlib.experiment import networks, settings
 from paperlib.experiment.store import Run
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its transformer")
     parser.add_argument("--commit", action="store_true", help="store the network of --seed to be committed")
     parser.add_argument("--replace", action="store_true", help="write over a committed network of this name")
+    add_limit(parser)
     add_changes(parser)
 
 
@@ -45,6 +46,8 @@ def execute(options: argparse.Namespace) -> int:
         return 0
     settings.load_settings(options.profile, changes)
     if "LOCAL_RANK" in os.environ:
+        if options.minutes is not None:
+            raise ValueError("--minutes is for one process: stop torchrun by hand, and the same command goes on")
         return train_along(options.profile, changes, options.cnn)
     run = _opened(options.profile, changes, options.cnn)
     for seed in run.settings.seeds:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from paperlib import optimum, snp, taps, training
+from paperlib import limit, optimum, snp, taps, training
 from paperlib.data import BATCH, TEXTS, Images, balanced, held_out, ranked
 from paperlib.experiment.networks import (
     ARCHITECTURE,
@@ -207,6 +207,7 @@ def _solved(
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=images.x_train.device, weights_only=True)
         return saved["weights"], saved["rows"]
+    limit.before(f"the readouts of {', '.join(place.name for place in places)}")
     chosen, held = readout_images(run)
     y, y_held = images.y_train[chosen], images.y_train[held]
     if kind == "shuffled":

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 from pydantic import BaseModel
 
-from paperlib import data, files, provenance, training
+from paperlib import data, files, limit, provenance, training
 
 MANIFEST = "stage.json"
 ANEW = "anew.json"  # beside a stage's folders: stamp of a run -> when it asked for the stage to be computed anew
@@ -191,6 +191,7 @@ class Run:
         return f"; with other settings it took {longest / 60:.0f} minutes" if longest >= 60 else ""
 
     def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
+        limit.before(record["stage"])
         start = time.monotonic()
         provenance.peak_gb(forget=True)
         if not ((folder / STARTED).exists() and any(folder.glob("*.pt"))):  # what is resumed is of the code that began
