@@ -119,8 +119,20 @@ def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
     return [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True), *parts]
 
 
+def compiled(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network for training steps, compiled: on a GPU launched as one graph. Every shape (all tokens, a share of
+    them, an epoch's last batch) is compiled by itself."""
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 def train(
-    network: nn.Module, data: Images, recipe: Recipe, seed: int, checkpoint: Path | None = None, log: Callable = print
+    network: nn.Module,
+    data: Images,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Callable = print,
+    compiling: bool = False,
 ) -> list[dict]:
     """Train `network` in place on the device that holds it and `data`; return the learning curve.
 
@@ -131,6 +143,7 @@ def train(
     checkpoint's, so an interrupted training ends like an uninterrupted one. Raises ValueError for a checkpoint that
     does not fit, FloatingPointError with the step at which the loss stopped being finite (the last checkpoint stays),
     and `limit.TimeIsUp` before an epoch.
+    `compiling` has steps `compiled`: faster on some machines, and equal up to rounding and a GPU's random numbers.
     Under `paperlib.distributed` every rank takes its share of each batch; rank 0's checkpoint and precision count.
     """
     device = data.x_train.device
@@ -147,7 +160,7 @@ def train(
         with files.reading(checkpoint, "delete it to train anew"):
             curve = _resume(network, parts, saved, known)
         log(f"resuming after epoch {len(curve)}/{recipe.epochs}")
-    parallel = distributed.parallel(network)
+    parallel = compiled(network, device) if compiling else distributed.parallel(network)
     for epoch in range(len(curve), recipe.epochs):
         if checkpoint is not None:  # else all would be lost
             limit.before(f"epoch {epoch + 1} of {recipe.epochs}")
@@ -197,7 +210,7 @@ def _train_epoch(
     network: nn.Module, parallel: nn.Module, parts: list, data: Images, recipe: Recipe, seed: int, epoch: int
 ) -> tuple[float, Tensor]:
     """One epoch's steps; returns the last learning rate and each step's loss, mean over ranks. `parallel` is the
-    network as ranks share it."""
+    network as ranks share it, or compiled. No step waits for the device."""
     network.train()
     rank, ranks = distributed.rank_and_ranks()
     per_epoch = _steps_per_epoch(len(data.x_train), recipe)
@@ -224,7 +237,7 @@ def _check_finite(losses: Tensor, network: nn.Module, epoch: int) -> None:
     """Raise FloatingPointError if an epoch diverged. A step's loss judges the weights before it; those after the last
     step are looked at themselves."""
     bad = (~losses.isfinite()).nonzero()
-    if len(bad) or not all(weight.isfinite().all() for weight in network.parameters()):
+    if len(bad) or not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():
         step = bad[0].item() + 1 if len(bad) else len(losses)
         raise FloatingPointError(
             f"training diverged at step {step} of epoch {epoch + 1}: lower lr, or look for odd images"

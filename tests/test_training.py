@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,20 @@ def test_weights_that_diverge_in_an_epochs_last_step_are_not_saved(epochs, tmp_p
     with pytest.raises(FloatingPointError):
         train(network, toy(), replace(RECIPE, epochs=epochs), 0, checkpoint, quiet)
     assert not checkpoint.exists()
+
+
+def test_compiled_steps_are_the_same_steps(monkeypatch):
+    """Of all shapes: all tokens and a share of them, whole batches and the last one. What is compiled is traced here
+    and then run as it is, so that bits can be compared."""
+    recipe = replace(RECIPE, batch_size=10, token_share=0.5)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    weights = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        network = cct("cct_2_3x2", num_classes=3, image_size=8, attention_dropout=0.2, stochastic_depth=0.3)
+        train(network, toy(), recipe, 0, log=quiet, compiling=compiling)
+        weights.append(state_of(network))
+    assert same(*weights)
 
 
 # --- randomness

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cnn", action="store_true", help="the profile's CNN instead of its transformer")
     parser.add_argument("--commit", action="store_true", help="store the network of --seed to be committed")
     parser.add_argument("--replace", action="store_true", help="write over a committed network of this name")
+    parser.add_argument("--compile", action="store_true", help="compile training steps (torch.compile): for GPUs")
     add_limit(parser)
     add_changes(parser)
 
@@ -42,16 +43,16 @@ def execute(options: argparse.Namespace) -> int:
     if options.commit:
         if options.seed is None:
             raise ValueError("--commit stores one network: say which with --seed")
-        commit(options.profile, changes, options.cnn, options.replace)
+        commit(options.profile, changes, options.cnn, options.replace, options.compile)
         return 0
     settings.load_settings(options.profile, changes)
     if "LOCAL_RANK" in os.environ:
-        if options.minutes is not None:
-            raise ValueError("--minutes is for one process: stop torchrun by hand, and the same command goes on")
+        if options.minutes is not None or options.compile:
+            raise ValueError("--minutes and --compile are for one process: leave them out under torchrun")
         return train_along(options.profile, changes, options.cnn)
     run = _opened(options.profile, changes, options.cnn)
     for seed in run.settings.seeds:
-        networks.train(run, seed)
+        networks.train(run, seed, options.compile)
     return 0
 
 
@@ -87,7 +88,7 @@ def train_along(profile: str, changes: dict, cnn: bool) -> int:
     return 0
 
 
-def commit(profile: str, changes: dict, cnn: bool, replace: bool) -> None:
+def commit(profile: str, changes: dict, cnn: bool, replace: bool, compiling: bool) -> None:
     """Train the one network of these settings, or take the trained one, and write its file and its card."""
     if changes.get("limit"):
         raise ValueError("a committed network is trained on all images: leave limit out")
@@ -98,7 +99,7 @@ def commit(profile: str, changes: dict, cnn: bool, replace: bool) -> None:
         raise ValueError(f"{run.settings.data} has no licence that a card could name: train on it with ./run_all.sh")
     if name in models.references() and not replace:
         raise ValueError(f"{name} is there already, and measured on: take another --seed, or --replace it")
-    stage = networks.train(run, seed)
+    stage = networks.train(run, seed, compiling)
     weights = {
         key: value.half() if value.is_floating_point() else value for key, value in stage.tensors("weights").items()
     }

@@ -1,8 +1,9 @@
 """Crop, RandAugment and erasing of CCT's recipe for a whole batch at once, on the batch's device.
 
 Every image draws its own crop, operations, magnitudes, signs and rectangle, as in timm's rand-m9-mstd0.5-inc1; the
-numbers are drawn on the CPU, from torch's global generator, so that nothing waits for the device. Images are float
-(b, 3, S, S) of whole numbers 0..255. Sampling is bilinear (choice: timm draws bilinear or bicubic).
+numbers are drawn on the CPU, from torch's global generator, so that nothing waits for the device; noise, which would be
+much to copy, is drawn there. Images are float (b, 3, S, S) of whole numbers 0..255. Sampling is bilinear (choice: timm
+draws bilinear or bicubic).
 """
 
 import math
@@ -15,7 +16,6 @@ from torch import Tensor
 MAGNITUDE, SPREAD, LARGEST = 9.0, 0.5, 10.0  # of an operation, its deviation, and its bound
 DONE = 0.5  # probability of each of an image's operations
 ATTEMPTS = 10  # at a box that fits into the image
-SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))  # PIL's filter, over 13
 GREY = (19595, 38470, 7471)  # PIL's weights of red, green and blue, over 2**16
 
 
@@ -67,8 +67,7 @@ def erase(images: Tensor, share: float = 0.25) -> Tensor:
     rows = (pixel >= top[:, None]) & (pixel < (top + height)[:, None])
     columns = (pixel >= left[:, None]) & (pixel < (left + width)[:, None])
     box = (rows[:, :, None] & columns[:, None] & drawn[:, None, None])[:, None].to(images.device, non_blocking=True)
-    noise = torch.randn(images.shape).to(images, non_blocking=True)
-    return noise.where(box, images)
+    return torch.randn(images.shape, device=images.device).where(box, images)
 
 
 def _boxes(n: int, size: int, area: tuple[float, float], ratio: tuple[float, float]) -> tuple[Tensor, ...]:
@@ -127,15 +126,15 @@ def _blended(other: Callable[[Tensor], Tensor]) -> Callable:
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor(GREY)[:, None, None]
-    return ((images * weights).sum(dim=1, keepdim=True) / 2**16).round()
+    red, green, blue = images.split(1, dim=1)  # a tensor of the weights would have to be copied to the device
+    return ((GREY[0] * red + GREY[1] * green + GREY[2] * blue) / 2**16).round()
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """PIL's smoothing filter, which leaves the outermost pixels alone."""
-    kernel = (images.new_tensor(SMOOTH) / 13).expand(3, 1, 3, 3)
+    """PIL's smoothing filter: a pixel counts 5, its neighbours 1; the outermost pixels are left alone."""
     result = images.clone()
-    result[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3).round()
+    inner = result[:, :, 1:-1, 1:-1]
+    inner.copy_(((F.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4 * inner) / 13).round())
     return result
 
 

@@ -63,15 +63,15 @@ def cnn_half(run: Run) -> Run:
     return half
 
 
-def train(run: Run, seed: int) -> Stage:
+def train(run: Run, seed: int, compiling: bool = False) -> Stage:
     """Stage: the network of a seed trained here (weights.safetensors), its learning curve (curve.csv) and how long its
-    epochs took (seconds.json)."""
+    epochs took (seconds.json). compiling: see `training.train`."""
 
     def make(folder: Path) -> None:
         distributed.broadcast(True)  # tells other ranks, where there are any, to train along
         network = build_network(run, seed)
         images = run.images.seen.to(training.best_device())
-        curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log)
+        curve = training.train(network, images, recipe(run), seed, folder / "checkpoint.pt", run.log, compiling)
         save_tensors(folder / "weights.safetensors", network.state_dict())
         write_text(folder / "seconds.json", json.dumps([row.pop("seconds") for row in curve]))
         save_table(folder / "curve.csv", [{"seed": seed, **row} for row in curve])
