@@ -339,7 +339,7 @@ def returned(table: pd.DataFrame) -> str:
     own = _passed_on(table)
     at = own[(own.method == "andc") & (own.threshold == _deciding(own))].mean(numeric_only=True)
     return (
-        f"Of what ANDC removes {100 * at.constant:.0f} % is alike for all images. Right after pruning "
+        f"Of what ANDC removes {100 * at.constant:.0f} % is alike for all inputs. Right after pruning "
         f"{100 * at.loss:.1f} points are lost; {100 * at.returned_loss:.1f} with that mean given back, "
         f"{100 * at.retrained_loss:.1f} solved anew."
     )

@@ -693,7 +693,7 @@ def removed_connections(table: pd.DataFrame, data: str, tap: str = "block") -> F
         mean = own[own.method == method].groupby("threshold").mean(numeric_only=True)
         colour, marker = METHOD_STYLES[method]
         right.plot(mean.dilution, 100 * mean.constant, f"{marker}-", ms=5, color=colour, label=method)
-    right.set(xlabel="connections removed", ylabel="removed: alike for all images (%)", ylim=(0, None))
+    right.set(xlabel="connections removed", ylabel="removed: alike for all inputs (%)", ylim=(0, None))
     right.legend(fontsize=8)
     return _stamped(figure, f"{data}, readout of {tap}: what is removed", data, own)
 

@@ -112,7 +112,7 @@ CAPTIONS = {
     ),
     "removed_connections": (
         "07", "C4", "Left: accuracy lost by ANDC of a readout, with and without the mean of what was removed. Right: "
-        "how much of what was removed is alike for all images.", "Masks of equal dilution by other criteria.",
+        "how much of what was removed is alike for all inputs.", "Masks of equal dilution by other criteria.",
     ),
     "late_layers": (
         "07", "C4", "Accuracy lost by pruned layers of the last encoders against the epochs of their retraining.",
