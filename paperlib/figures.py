@@ -291,7 +291,7 @@ def node_matrix(field: Tensor, boolean: Tensor, clusters: list[list[int]], image
     classes, order = images.classes, by_cluster(clusters, len(images.classes))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.7), width_ratios=[1, 1, 0.75])
     image = left.imshow(_scaled(field, order), interpolation="nearest", **FIELDS)
-    figure.colorbar(image, ax=left, shrink=0.8, extend="min", location="bottom", label="field / maximum")
+    figure.colorbar(image, ax=left, shrink=0.7, extend="min", location="left", label="field / maximum")
     shown = min(max(sum(map(len, clusters)) + 5, 12), len(order), 25)
     middle.imshow(boolean[order][:, order].numpy()[:shown, :shown], cmap="Greys", vmin=0, vmax=1)
     _frame(middle, clusters)
