@@ -159,6 +159,19 @@ def test_nodes_that_say_the_same_of_every_image_are_given_back_as_a_bias():
     assert torch.allclose(outputs, torch.einsum("ntd,ltd->nl", nodes, weight), atol=1e-4)
 
 
+def test_what_moves_all_labels_alike_is_no_part_of_what_is_constant():
+    random = torch.Generator().manual_seed(0)
+    said, images = torch.randn(1, 6, generator=random), torch.randn(50, 6, generator=random)
+    images -= images.mean(dim=0)
+    assert readings.constant_share(said.expand(50, 6) + torch.randn(50, 1)) == pytest.approx(1, abs=1e-5)
+    assert readings.constant_share(images + torch.full((50, 1), 1000.0)) == pytest.approx(0, abs=1e-5)
+    assert readings.constant_share(torch.zeros(50, 6)) == 0
+    centred = said - said.mean()
+    mixed = images - images.mean(dim=1, keepdim=True)
+    share = centred.square().sum() / (centred.square().sum() + mixed.square().sum() / 50)
+    assert readings.constant_share(said + images) == pytest.approx(share.item(), rel=1e-4)
+
+
 def test_masks_keep_as_many_connections_and_rank_by_their_score():
     random = torch.Generator().manual_seed(0)
     sets = torch.rand(8, 5, generator=random) < 0.4

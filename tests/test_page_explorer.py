@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from test_browser import browser, watched  # noqa: F401
+from test_browser import watched
 
 from paperlib import optimum, page_explorer, snp, taps
 from paperlib.cli import main
@@ -99,7 +99,7 @@ def fields_of(run, network, name):
 
 
 @pytest.fixture
-def opened(browser, path):  # noqa: F811
+def opened(browser, path):
     """The page in a browser; nothing is asked for, nothing goes wrong."""
     page, errors, requests = watched(browser)
     page.goto(path.as_uri())
@@ -196,7 +196,7 @@ def test_it_fits_a_phone(opened, scheme):
 
 
 @pytest.mark.slow
-def test_the_command_writes_texts_as_words(browser, tmp_path, capsys):  # noqa: F811
+def test_the_command_writes_texts_as_words(browser, tmp_path, capsys):
     changes = {"limit": 400}
     with measured(tmp_path, "quick-text", changes) as run:
         capsys.readouterr()

@@ -34,7 +34,8 @@ def readouts(run: Run, seed: int) -> Stage:
     readouts.csv: seed, tap, threshold, method, draw, dilution, l2, whole (accuracy unpruned), accuracy (right after
     pruning), returned_accuracy (the same, with biases that say what the removed connections said on average of training
     images), retrained_accuracy, and of all losses their standard errors over test images (loss, loss_se, ...);
-    constant: share of what the removed connections say, sum of squares, that is alike for all images, 0..1;
+    constant: of what the removed connections say to one label more than to others, the share (of squares) that is
+    alike for all test images, 0..1;
     andc_ahead, andc_ahead_se: retrained accuracy of ANDC's mask less this one's, on the same images. answers.npz: tap
     -> (n_test,) and tap/method/draw/threshold -> (2, n_test) bool, right after pruning and retrained.
     """
@@ -52,6 +53,7 @@ def readouts(run: Run, seed: int) -> Stage:
 
     config = run.config(*ARCHITECTURE, *SPLIT[s.blind], "held_out", "prune_thresholds")
     config |= {"seed": seed, "images": measure.examples(run), "draws": DRAWS}
+    config["columns"] = ["returned", "constant"]
     return run.stage(f"pruned-readouts-at-optimum-seed{seed}", config, inputs, make)
 
 
@@ -95,7 +97,7 @@ def _pruned(run: Run, seed: int, network: nn.Module, place: Tap) -> tuple[pd.Dat
             row |= {"dilution": 1 - mask.float().mean().item(), "l2": whole.l2, "whole": intact.float().mean().item()}
             row |= andc.accuracy_loss("", intact, straight) | andc.accuracy_loss("returned_", intact, returned)
             row |= andc.accuracy_loss("retrained_", intact, again)
-            row["constant"] = (constant.square().sum() / (everything - left).square().sum(dim=1).mean()).item()
+            row["constant"] = constant_share(everything - left)
             ahead = andc_right.float() - again.float()
             error = (ahead.std() / len(ahead) ** 0.5).item()
             rows.append(row | {"andc_ahead": ahead.mean().item(), "andc_ahead_se": error})
@@ -107,6 +109,14 @@ def split(weight: Tensor, mask: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """What a mask (L, D) leaves of a readout (L, T, D), and what the rest says of mean activations (T, D): (L,)."""
     kept = weight * mask[:, None]
     return kept, ((weight - kept) * mean).sum(dim=(1, 2))
+
+
+def constant_share(outputs: Tensor) -> float:
+    """How much of outputs (n, L) is alike for all images, 0..1; what moves all labels alike changes no answer and is
+    left out. 0 where there is nothing."""
+    apart = outputs - outputs.mean(dim=1, keepdim=True)
+    whole = apart.square().sum(dim=1).mean().item()
+    return apart.mean(dim=0).square().sum().item() / whole if whole else 0.0
 
 
 def masks(sets: Tensor, weight: Tensor, size: Tensor, seed: int) -> Iterator[tuple[str, int, Tensor]]:
