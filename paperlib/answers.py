@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from paperlib import claims, files
+from paperlib import claims, files, verdicts
 
 # claim -> (the abstract's claim in short, the notebook that shows it)
 CLAIMS = {
@@ -38,14 +38,14 @@ def answers(folder: Path) -> dict[str, Answer]:
     """Claim -> answer, from the summary.json and the tables of a walk, or of a profile's published results."""
     path = folder / "summary.json"
     summary = files.read_json(path) if path.exists() else {"verdicts": []}
-    verdicts, found = claims.of_claims(summary["verdicts"]), {}
+    words, found = claims.of_claims(summary["verdicts"]), {}
     for claim in CLAIMS:
-        if claim not in verdicts:
+        if claim not in words:
             found[claim] = Answer(NOT_YET)
             continue
         there = [pair for pair in ANSWERS[claim] if (folder / f"{pair[0]}.csv").exists()]
         table, answer = there[0] if there else ANSWERS[claim][-1]
-        found[claim] = Answer(verdicts[claim], *answer(pd.read_csv(folder / f"{table}.csv"), summary))
+        found[claim] = Answer(words[claim], *answer(pd.read_csv(folder / f"{table}.csv"), summary))
     return found
 
 
@@ -69,22 +69,22 @@ def _halves(table: pd.DataFrame, threshold: float) -> tuple[str, str]:
     curves = _depth(table, threshold)
     grow = [curves.loc[half, "trained"].dropna().iloc[[0, -1]].diff().iloc[-1] > 0 for half in ("cct", "cnn")]
     words = {2: "SNR grows with depth in both", 1: "SNR grows with depth in one only", 0: "SNR grows in neither"}
-    trained = ", ".join(
-        f"{name} {_ends(curves.loc[half, 'trained'])}" for half, name in (("cct", "CCT"), ("cnn", "CNN"))
-    )
-    return words[sum(grow)], f"SNR {trained}; random {curves.xs('random', level='network').stack().mean():.1f}"
+    ends = [
+        f"{name} {_ends(curves.loc[half, 'trained'])} (random {_ends(curves.loc[half, 'random'])})"
+        for half, name in (("cct", "CCT"), ("cnn", "CNN"))
+    ]
+    return words[sum(grow)], f"SNR {', '.join(ends)}"
 
 
 def _clusters(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     taps = table[table.tap.isin(summary["config"]["taps"])]
     snr = _depth(taps, summary["config"]["threshold"])
-    size = (
-        _depth(taps, summary["config"]["threshold"], "pooled_cluster_size").xs("trained", level="network").stack().max()
-    )
+    sizes = _depth(taps, summary["config"]["threshold"], "pooled_cluster_size")
+    largest = [sizes.xs(kind, level="network").stack().max() for kind in ("trained", "random")]
     trained, random = (snr.xs(kind, level="network").stack() for kind in ("trained", "random"))
     lowest = (trained - random).idxmin()
     return (
-        f"clusters of {size:.1f} labels on average, or fewer",
+        "clusters of {:.1f} labels or fewer (random weights {:.1f})".format(*largest),
         f"SNR nearest to random weights: {trained[lowest]:.2f} against {random[lowest]:.2f}",
     )
 
@@ -108,7 +108,7 @@ def _pruning(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     than = "better" if accuracy["andc"] > accuracy["random"] else "worse"
     methods = (("andc", "ANDC"), ("random", "random"), ("magnitude", "largest weights"))
     rest = ", ".join(f"{name} {accuracy[method]:.0f} %" for method, name in methods)
-    return f"{than} than random masks", f"{100 * part.dilution.mean():.0f} % removed: {rest}"
+    return f"{than} than random masks right after", f"{100 * part.dilution.mean():.0f} % removed: {rest}"
 
 
 def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
@@ -116,8 +116,9 @@ def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     rows = rows[rows.network == "trained"].set_index("encoder")
     beaten = rows.index[rows.gap > rows.gap_null_high]
     words = f"in {len(beaten)} of {len(rows)} encoders" if len(beaten) else "in no encoder"
-    last = 100 * rows.iloc[-1]
-    return words, f"silenced head: own labels {-last.own_drop:+.1f} points, others {-last.other_drop:+.1f}"
+    gap, last = 100 * rows.gap, 100 * rows.gap_null_high
+    number = f"own labels lose {gap.mean():.1f} points more than others, in the last encoder {gap.iloc[-1]:.1f}"
+    return words, f"silenced head: {number}; reassigned owners {last.mean():.1f}"
 
 
 def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
@@ -127,7 +128,8 @@ def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     ranks = rows[rows["size"] < rows["size"].max()].groupby("seed")[["predicted", "measured"]].corr("spearman")
     rank = ranks.xs("measured", level=1).predicted.mean()
     size = "yes" if errors[0] < errors[1] else "no"
-    number = f"rank correlation {rank:.2f}; whole encoders missed by {errors[0]:.0f} points"
+    missed = f"whole encoders missed by {errors[0]:.0f} points (by their size {errors[1]:.0f})"
+    number = f"rank correlation {rank:.2f}; {missed}"
     return f"ranking {'yes' if rank > 0.8 else 'no'}, size {size}", number
 
 
@@ -155,7 +157,7 @@ def _growth(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     found, tap = _nodes(table), _ff(table)
     curve, random = (found.loc[kind, tap].snr for kind in ("trained", "random"))
     growth, last = curve.iloc[-1] - curve.iloc[0], curve.iloc[-1] - curve.iloc[-2]
-    words = f"{last / growth:.0%} of the growth in the last step" if growth > 0 else "SNR does not grow"
+    words = f"{max(0, last / growth):.0%} of the growth in the last step" if growth > 0 else "SNR does not grow"
     return words, f"SNR of {tap} {_ends(curve)}; random weights {_ends(random)}"
 
 
@@ -164,19 +166,18 @@ def _passed_on(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.tap == ("block" if "block" in set(table.tap) else table.tap.iloc[0])]
 
 
-def _deciding(readouts: pd.DataFrame) -> float:
-    """The threshold at which C4 is decided: the smallest dilution of at least one half."""
-    dilution = readouts[readouts.method == "andc"].groupby("threshold").dilution.mean()
-    return dilution[dilution >= 0.5].idxmin()
-
-
 def _readouts(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     own = _passed_on(table)
-    at = own[own.threshold == _deciding(own)]
+    at = own[own.threshold == verdicts.deciding_threshold(own)]
     loss = 100 * at.groupby("method").retrained_loss.mean()
     words = f"{100 * at.dilution.mean():.0f} % of a readout's connections removed"
-    others = f"random {loss['random']:.1f}, largest weights {loss['magnitude']:.1f}"
-    return words, f"loses {loss['andc']:.1f} points; {others}"
+    others = f"random {_points(loss['random'])}, largest weights {_points(loss['magnitude'])}"
+    return words, f"loses {_points(loss['andc'])} points; {others}"
+
+
+def _points(value: float) -> str:
+    """Points with one decimal; nothing is below zero that is rounded to it."""
+    return f"{round(value, 1) + 0.0:.1f}"
 
 
 def _division(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
@@ -220,7 +221,8 @@ def learned(curves: pd.DataFrame) -> str:
     """Of the learning curves of several seeds."""
     last = curves.groupby("seed").last()
     low, high = 100 * last.test_accuracy.min(), 100 * last.test_accuracy.max()
-    return f"Test accuracy {low:.1f} to {high:.1f} % after {last.epoch.max()} epochs (seeds: {len(last)})."
+    accuracy = f"{low:.1f} to {high:.1f}" if len(last) > 1 else f"{high:.1f}"
+    return f"Test accuracy {accuracy} % after {last.epoch.max()} epochs (seeds: {len(last)})."
 
 
 def sharpened(taps: pd.DataFrame, threshold: float) -> str:
@@ -251,12 +253,20 @@ def measured(taps: pd.DataFrame) -> str:
 def probed(table: pd.DataFrame) -> str:
     """Of the first and last tap of a table of `probe.probe`."""
     own, null = (table[table.network == name] for name in ("network", "null"))
-    first, last, other = own.iloc[0], own.iloc[-1], null.iloc[-1]
+    curves = [", ".join(f"{value:.1f}" for value in part) for part in (own.snr, own.snr_rotated, null.snr)]
+    last, other = own.iloc[-1], null.iloc[-1]
     return (
-        f"SNR goes from {first.snr:.1f} in {first.tap} to {last.snr:.1f} in {last.tap}, whose readout answers "
-        f"{100 * last.accuracy:.0f} %. There, random weights have {other.snr:.1f} and {100 * other.accuracy:.0f} %, "
-        f"and rotated nodes {last.snr_rotated:.1f}."
+        f"SNR from {own.tap.iloc[0]} to {last.tap}: {curves[0]}; of rotated nodes {curves[1]}; with random weights "
+        f"{curves[2]}. The last readout answers {100 * last.accuracy:.0f} %, with random weights "
+        f"{100 * other.accuracy:.0f} %."
     )
+
+
+def masked(table: pd.DataFrame) -> str:
+    """Of the table of `probe.prune`."""
+    lost = [f"{row.method} {_points(100 * row.loss)}" for row in table.itertuples()]
+    error = 100 * table.loss_se.max()
+    return f"{table.dilution.mean():.0%} of the connections removed; points lost (± {error:.1f}): {', '.join(lost)}."
 
 
 def together(right: Tensor, nodes: int) -> str:
@@ -279,9 +289,11 @@ def counted(labels: int, clusters: int, internal: int, external: int, of: int) -
     """Of one node's labels, clusters and noise, of so many labels in all."""
     noise = internal + external
     snr = f"{labels * (of - 1) / noise:.1f}" if noise else "infinite"
-    number = f"{clusters} cluster{'s' * (clusters != 1)}"
+    recognised, number = (
+        f"{value} {name}{'s' * (value != 1)}" for value, name in ((labels, "label"), (clusters, "cluster"))
+    )
     return (
-        f"{labels} labels in {number}, noise {internal} inside and {external} outside of them: signal {labels}/{of}, "
+        f"{recognised} in {number}, noise {internal} inside and {external} outside of them: signal {labels}/{of}, "
         f"noise {noise}/{of * (of - 1)}, SNR {snr}."
     )
 
@@ -299,13 +311,13 @@ def versions(table: pd.DataFrame) -> str:
 
 def turned(table: pd.DataFrame, threshold: float) -> str:
     """Of nodes on their way to other directions (`experiment.hand.along`)."""
-    ends = table[table.threshold == threshold].groupby("version", sort=False)[["snr", "labels"]].agg(["first", "last"])
-    own, random = ends.iloc[0], ends.iloc[-1]
-    moves = "falls" if own["snr", "last"] < own["snr", "first"] else "rises"
+    own, random = (part for _, part in table[table.threshold == threshold].groupby("version", sort=False))
+    first, last, best = own.iloc[0], own.iloc[-1], own.loc[own.snr.idxmax()]
+    moves = "falls" if last.snr < first.snr else "rises"
     return (
-        f"While the nodes turn, SNR {moves} from {own['snr', 'first']:.2f} to {own['snr', 'last']:.2f}, and a node "
-        f"recognises {own['labels', 'last']:.1f} labels instead of {own['labels', 'first']:.1f}; with random weights "
-        f"SNR goes from {random['snr', 'first']:.2f} to {random['snr', 'last']:.2f}."
+        f"While the nodes turn, SNR {moves} from {first.snr:.2f} to {last.snr:.2f} (highest at {best.angle:.0f}°, "
+        f"{best.snr:.2f}), and a node recognises {last.labels:.1f} labels instead of {first.labels:.1f}; with random "
+        f"weights SNR goes from {random.snr.iloc[0]:.2f} to {random.snr.iloc[-1]:.2f}."
     )
 
 
@@ -337,7 +349,7 @@ def removed(table: pd.DataFrame) -> str:
 def returned(table: pd.DataFrame) -> str:
     """Of what ANDC removes of a readout, at the dilution that decides, and of giving back its mean."""
     own = _passed_on(table)
-    at = own[(own.method == "andc") & (own.threshold == _deciding(own))].mean(numeric_only=True)
+    at = own[(own.method == "andc") & (own.threshold == verdicts.deciding_threshold(own))].mean(numeric_only=True)
     return (
         f"Of what ANDC removes {100 * at.constant:.0f} % is alike for all inputs. Right after pruning "
         f"{100 * at.loss:.1f} points are lost; {100 * at.returned_loss:.1f} with that mean given back, "

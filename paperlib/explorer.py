@@ -222,7 +222,7 @@ def turning(
     run: Run, table: pd.DataFrame, readout: tuple[Tensor, Tensor], way: Tensor, node: int
 ) -> widgets.Widget | Image:
     """Turn all nodes of a tap, and see one of them smear: choose a node, a threshold and how far -> its matrices, and
-    the SNR of the tap. Without a kernel: the picture half-way.
+    the SNR of the tap. Without a kernel: the picture of the middle step.
 
     table: `experiment.hand.along`, readout: weight and class means (L, T, D) of its first version, way: (steps, D, D),
     node: the first one to be shown."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from paperlib import files, snp
+from paperlib import files, snp, verdicts
 from paperlib.data import EMBEDDED, Images
 from paperlib.taps import encoder_of
 
@@ -263,7 +263,7 @@ def node_gallery(
         axis.set_ylabel(row if column == columns[0] else "")
     bar = figure.colorbar(image, ax=axes, shrink=0.5, extend="min")
     bar.ax.set_title("field /\nmaximum", fontsize=8)
-    return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
+    return _stamped(figure, f"{data}; rows: input labels, columns: output labels", data)
 
 
 def by_cluster(clusters: list[list[int]], labels: int) -> list[int]:
@@ -334,9 +334,9 @@ def matrices(panels: dict[str, Tensor], data: str, place: str) -> Figure:
 
 
 @in_style(PLAIN)
-def node_versions(fields: dict[str, Tensor], table: pd.DataFrame, threshold: float, data: str, place: str) -> Figure:
-    """A node in several versions, one column each: field matrix, Boolean matrix, counts; labels by the clusters of each
-    (`experiment.hand.compare`)."""
+def node_versions(fields: dict[str, Tensor], table: pd.DataFrame, threshold: float, data: str) -> Figure:
+    """One node of each version of a tap, one column each: field matrix, Boolean matrix, counts; labels by the clusters
+    of each (`experiment.hand.compare`)."""
     figure, axes = plt.subplots(2, len(fields), figsize=(0.5 + 2.6 * len(fields), 5.9), squeeze=False)
     for column, row in enumerate(table.itertuples()):
         field = fields[row.version]
@@ -344,10 +344,11 @@ def node_versions(fields: dict[str, Tensor], table: pd.DataFrame, threshold: flo
         for axis, matrix in zip(axes[:, column], (field, boolean), strict=True):
             _matrix(axis, matrix, snp.label_clusters(boolean))
         axes[0, column].set_title(f"{row.version}\nreadout {100 * row.accuracy:.1f} %, SNR {row.snr:.2f}", fontsize=10)
-        axes[1, column].set_xlabel(f"labels {row.labels}, clusters {row.clusters}, noise {row.noise}", fontsize=10)
+        counts = f"node {row.node}: labels {row.labels}, clusters {row.clusters}, noise {row.noise}"
+        axes[1, column].set_xlabel(counts, fontsize=9)
     axes[0, 0].set_ylabel("field / maximum")
     axes[1, 0].set_ylabel(f"above {threshold:g} of it")
-    return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
+    return _stamped(figure, f"{data}; rows: input labels, columns: output labels", data)
 
 
 @in_style(PLAIN)
@@ -710,9 +711,8 @@ def late_layers(table: pd.DataFrame, data: str) -> Figure:
         part = part.assign(place=part.epochs.map(lengths.index))
         for method, (colour, marker) in styles.items():
             _curve(axis, part[part.method == method], "loss", 100, f"{marker}-", colour, "place")
-        last = "last encoder" if encoders == 1 else f"last {encoders}"
         removed = part[part.method == "andc"].dilution.mean()
-        title = f"{reading} of the {last}\n{removed:.0%} removed"
+        title = f"{verdicts.pruned_part(reading, encoders)}\n{removed:.0%} removed"
         axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel="epochs", title=title)
         _points_lost(axis)
     axes[0, 0].set(ylabel="accuracy lost (points)")

@@ -56,10 +56,8 @@ def _depth(axis, table: pd.DataFrame) -> None:
         for kind, line, rest in (("trained", "o-", ""), ("random", "--", ", random weights")):
             curve = means.loc[half, kind]
             axis.plot(curve.index, curve, line, ms=5, color=colour, label=name + rest)
-    axis.legend(loc="upper left", fontsize=8, ncols=2)
-    axis.set(
-        xlabel="depth (first to last layer)", ylabel="signal / noise of single nodes", ylim=(0, 1.35 * means.max())
-    )
+    axis.legend(loc="upper left", fontsize=8)
+    axis.set(xlabel="depth (first to last layer)", ylabel="signal / noise of single nodes", ylim=(0, 1.5 * means.max()))
 
 
 def _owners(axis, table: pd.DataFrame) -> None:

@@ -1,16 +1,15 @@
 """A time limit for work in pieces: before each piece, when all others are saved, it asks whether there is time for it.
 
-Whatever has no limit is never stopped. Nothing that is computed depends on one: what is stopped here goes on as after
-any other interruption.
+Whatever has no limit is never stopped. The time counts from the first piece, which always begins, so that every call
+gets on. Nothing that is computed depends on a limit: what is stopped here goes on as after any other interruption.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_end: ContextVar[float] = ContextVar("end", default=math.inf)  # in time.monotonic()'s seconds
+_limit: ContextVar[dict | None] = ContextVar("limit", default=None)  # seconds, and end by time.monotonic()
 
 
 class TimeIsUp(Exception):
@@ -19,17 +18,22 @@ class TimeIsUp(Exception):
 
 @contextmanager
 def limited(minutes: float | None) -> Iterator[None]:
-    """A block whose pieces start within so many minutes (None: without a limit); ValueError for one without time."""
+    """A block whose pieces start within so many minutes of the first one (None: without a limit); ValueError for one
+    without time."""
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, not {minutes:g}")
-    token = _end.set(math.inf if minutes is None else time.monotonic() + 60 * minutes)
+    token = _limit.set(None if minutes is None else {"seconds": 60 * minutes})
     try:
         yield
     finally:
-        _end.reset(token)
+        _limit.reset(token)
 
 
 def before(piece: str) -> None:
     """Raise `TimeIsUp` if the limit has passed; called where everything before this piece is saved."""
-    if time.monotonic() >= _end.get():
+    limit = _limit.get()
+    if limit is None:
+        return
+    now = time.monotonic()
+    if now > limit.setdefault("end", now + limit["seconds"]):
         raise TimeIsUp(piece)

@@ -148,7 +148,7 @@ function describeCell(shown, {cluster}) {
   const [input, output] = state.cell, level = shown.matrix[input * L + output];
   const kind = level < state.threshold ? "below the threshold" : input === output ? "recognised"
     : cluster[input] >= 0 && cluster[input] === cluster[output] ? "internal noise" : "external noise";
-  const text = element("span", `${data.texts.length ? "texts" : "images"} of ${data.classes[input]} → answer ${data.classes[output]}: ${number(level / 100)} of the largest entry, ${kind}`);
+  const text = element("span", `${data.texts.length ? "texts" : "images"} of ${data.classes[input]} → answer ${data.classes[output]}: ${level > 0 ? "above " : ""}${number(level / 100)} of the largest entry, ${kind}`);
   $("cell").replaceChildren(...examplesOf(input, 1), text, ...(input === output ? [] : examplesOf(output, 1)));
 }
 
@@ -252,7 +252,6 @@ function drawAll() {
 
 function choose(change) {
   Object.assign(state, change);
-  if (!viewOf(state.network)) state.encoder = data.views.find(view => view.tap === state.tap).encoder;
   if (!(state.stop in viewOf(state.network).stops)) state.stop = "typical";
   if (!("threshold" in change || "cell" in change)) state.cell = null;
   fillStops();

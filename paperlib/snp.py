@@ -99,14 +99,17 @@ def rotated(values: Tensor, rotation: Tensor) -> Tensor:
 def turns(rotation: Tensor, steps: int) -> Tensor:
     """The shortest way from native nodes to randomly rotated ones, in equal steps: (D, D) -> (steps, D, D), the first
     one the identity, all orthogonal. If the rotation mirrors, the last one differs from it in the sign of a node, which
-    no field matrix sees."""
+    no field matrix sees. ValueError for a rotation within several groups, of which two may mirror."""
     rotation = rotation.double()
     if torch.linalg.det(rotation) < 0:  # there is no way to a mirror image
         rotation = torch.cat([-rotation[:, :1], rotation[:, 1:]], dim=1)
     values, vectors = torch.linalg.eig(rotation)
     back = torch.linalg.inv(vectors)
     powers = [(vectors * values.pow(share)) @ back for share in torch.linspace(0, 1, steps).tolist()]
-    return torch.stack(powers).real.float()
+    way = torch.stack(powers).real.float()
+    if not torch.allclose(way @ way.mT, torch.eye(len(rotation)), atol=1e-3):
+        raise ValueError("nodes turn within one group only: take a rotation of one head, or of a tap without heads")
+    return way
 
 
 def turned_node(readout_weight: Tensor, class_means: Tensor, way: Tensor, node: int) -> Tensor:

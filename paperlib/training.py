@@ -121,8 +121,9 @@ def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     """The network for training steps, compiled: on a GPU launched as one graph. Every shape (all tokens, a share of
-    them, an epoch's last batch) is compiled by itself."""
-    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    them, an epoch's last batch) is compiled by itself, and dropout draws what it draws without."""
+    options = {"fallback_random": True} | ({"triton.cudagraphs": True} if device.type == "cuda" else {})
+    return torch.compile(network, dynamic=False, options=options)
 
 
 def train(

@@ -374,21 +374,31 @@ def pruning(table: pd.DataFrame, tap: str = STREAM, beside: bool = False) -> lis
     with random and permuted masks, on the same images. The usual criteria stand beside. Errors are those of test
     images, which seeds share."""
     own = table[table.tap == tap]
-    dilution = own[own.method == "andc"].groupby("threshold").dilution.mean()
+    return _spared(own[own.threshold == deciding_threshold(own)], tap, "retrained_loss", beside)
+
+
+def deciding_threshold(readouts: pd.DataFrame) -> float:
+    """The threshold at which C4 is decided, of pruned readouts of one tap: the smallest dilution of at least one half.
+    ValueError if there is none."""
+    dilution = readouts[readouts.method == "andc"].groupby("threshold").dilution.mean()
     if not (dilution >= 0.5).any():
+        tap = readouts.tap.iloc[0]
         raise ValueError(f"no threshold dilutes the readout of {tap} by one half: add larger prune_thresholds")
-    return _spared(own[own.threshold == dilution[dilution >= 0.5].idxmin()], tap, "retrained_loss", beside)
+    return dilution[dilution >= 0.5].idxmin()
 
 
 def late_layers(table: pd.DataFrame) -> list[Row]:
     """C4, the other readings, from the table of `experiment.late`, after the longest retraining: the rows of `pruning`,
     which decide nothing here, for every part that was pruned."""
-    rows = []
-    for (reading, encoders), part in table[table.epochs == table.epochs.max()].groupby(["reading", "encoders"]):
-        last = "last encoder" if encoders == 1 else f"last {encoders} encoders"
-        where = f"the last {encoders} layers' filters" if reading == "filters" else f"{reading} of the {last}"
-        rows += _spared(part, where, "loss", beside=True)
-    return rows
+    last = table[table.epochs == table.epochs.max()]
+    parts = last.groupby(["reading", "encoders"])
+    return [row for names, part in parts for row in _spared(part, pruned_part(*names), "loss", beside=True)]
+
+
+def pruned_part(reading: str, encoders: int) -> str:
+    """What a reading prunes (`experiment.late`), in words."""
+    unit = "layer" if reading == "filters" else "encoder"
+    return f"{reading} of the last {unit}" if encoders == 1 else f"{reading} of the last {encoders} {unit}s"
 
 
 def _spared(at: pd.DataFrame, where: str, loss: str, beside: bool) -> list[Row]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import sync_playwright
 
 from paperlib import paths
 from paperlib.experiment import settings, store
@@ -33,6 +32,8 @@ def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("no browser: install Chromium (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright  # here, because other tests do without
+
     with sync_playwright() as playwright:
         # offline as far as the browser itself goes: it asks its makers for updates otherwise
         quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

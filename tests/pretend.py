@@ -114,8 +114,11 @@ def computed(func, args: tuple, kwargs: dict):
 def _look_for_waits(name: str, args: tuple, kwargs: dict, mixed: bool) -> None:
     to_cpu = torch.device(kwargs.get("device") or DEVICE).type != DEVICE.type
     blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-    masks = name.startswith("index") and any(_is_tensor(v) and v.dtype == torch.bool for v in tree_leaves(args[1]))
-    if name in READS or masks or (name in COPIES and (mixed or to_cpu) and blocking):
+    waiting = name.startswith("index") and any(
+        _is_tensor(v) and v.ndim and (v.dtype == torch.bool or not isinstance(v, Elsewhere))
+        for v in tree_leaves(args[1])
+    )
+    if name in READS or waiting or (name in COPIES and (mixed or to_cpu) and blocking):
         _note(name)
 
 

@@ -91,6 +91,7 @@ def test_what_waits_is_found():
         values.cpu,
         values.nonzero,
         lambda: values[values > 0.5],
+        lambda: values[torch.tensor([1, 0])],
         lambda: values.new_tensor([1]),
     ):
         with waits() as found:

@@ -82,7 +82,7 @@ def compared(tap):
     twin = snp.rotated(weight, rotation), snp.rotated(nodes, rotation)
     other = torch.randn(weight.shape, generator=generator(1)), torch.randn(nodes.shape, generator=generator(2))
     versions = {"trained": (weight, nodes), "rotated twin": twin, "random weights": other}
-    return experiment.hand.compare(versions, labels, 2, 0.3)
+    return experiment.hand.compare(versions, labels, 0.3)
 
 
 def test_the_twin_answers_alike_and_is_less_clean(tap):
@@ -152,7 +152,7 @@ def test_curves_and_matrices_show_their_tables(tap):
             part = table[(table.version == version) & (table.threshold == 0.3)]
             assert line.get_ydata() == pytest.approx(part[column].to_numpy())
     versions, given = compared(tap)
-    axes = figures.node_versions(given, versions, 0.3, "toy", "node 2").axes
+    axes = figures.node_versions(given, versions, 0.3, "toy").axes
     assert [axis.images[0].get_array().sum() for axis in axes[3:]] == list(versions.labels + versions.noise)
     _, axis = figures.matrices({"x": fields[0], "y": booleans[0]}, "toy", "z").axes
     assert axis.images[0].get_array().sum() == booleans[0].sum()

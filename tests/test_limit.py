@@ -43,9 +43,9 @@ def trained(checkpoint, minutes=None):
 
 
 def test_a_training_in_calls_ends_like_one_of_one_call(tmp_path, clock):
-    epochs, stop, _ = trained(tmp_path / "c.pt", minutes=1.5)
+    epochs, stop, _ = trained(tmp_path / "c.pt", minutes=0.5)
     assert len(epochs) == 1 and isinstance(stop, limit.TimeIsUp) and str(stop) == "epoch 2 of 5"
-    again, stop, _ = trained(tmp_path / "c.pt", minutes=3.5)
+    again, stop, _ = trained(tmp_path / "c.pt", minutes=2.5)
     assert len(again) == 3 and str(stop) == "epoch 5 of 5"
     rest, _, weights = trained(tmp_path / "c.pt")
     _, _, whole = trained(None)
@@ -75,7 +75,7 @@ def test_a_command_in_calls_leaves_what_one_call_leaves(folders, write_cache, cl
     monkeypatch.setenv("PAPERLIB_RUNS", str(folders / "again"))
     capsys.readouterr()
     calls = 1
-    while (code := main([*words, "--minutes", "2.5"])) and calls < 20:  # time to begin a stage, and for a piece of it
+    while (code := main([*words, "--minutes", "1.5"])) and calls < 20:  # time to begin a stage, and for a piece of it
         said = capsys.readouterr().err
         assert code == 124 and said.count("\n") == 1 and "part 1 of 1 (trained, seed 0)" in said
         calls += 1

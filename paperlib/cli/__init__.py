@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        print(f"paperlib {options.command}: {error}", file=sys.stderr)
+        said = str(error).split("\n\n")[0]  # compilers add pages of advice
+        print(f"paperlib {options.command}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         by = f"by {stop.args[0]}" if stop.args else "by hand"

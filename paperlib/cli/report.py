@@ -127,7 +127,7 @@ CAPTIONS = {
         "Crosses: the same network with random weights. Dotted: rotated nodes.",
     ),
     "node_versions": (
-        "09", "", "One node of the last FF layer, by its number: field matrix, Boolean matrix, clusters framed.",
+        "09", "", "The clearest node of the last FF layer: field matrix, Boolean matrix, clusters framed.",
         "Rotated twin, which carries the same information; the same network with random weights.",
     ),
     "turned_nodes": (

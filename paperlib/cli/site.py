@@ -75,8 +75,12 @@ def execute(options: argparse.Namespace) -> int:
         built = subprocess.run([sys.executable, "-m", "sphinx", *strict, "-c", root() / "docs", pages, html])
         if built.returncode:
             return 1
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(html, target)
+        fresh = target.with_name("site.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.move(html, fresh)
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
     print(target / "index.html")
     return 0
 

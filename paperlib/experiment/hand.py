@@ -57,20 +57,27 @@ def answers(weight: Tensor, nodes: Tensor) -> Tensor:
 
 
 def compare(
-    versions: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, node: int, threshold: float
+    versions: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, threshold: float
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """Versions of a tap, each a readout (L, T, D) with activations (n, T, D), and one node of each by its number.
+    """Versions of a tap, each a readout (L, T, D) with activations (n, T, D), and the `clear` node of each.
 
-    Returns a table and the node's field matrices, version -> (L, L). Columns: version, accuracy (0..1), alike (share of
-    images answered as the first version answers them), snr (of the tap), labels, clusters, noise (of the node)."""
+    Returns a table and the nodes' field matrices, version -> (L, L). Columns: version, accuracy (0..1), alike (share of
+    images answered as the first version answers them), snr (of the tap), node, and its labels, clusters, noise."""
     first, rows, fields = answers(*next(iter(versions.values()))), [], {}
     for name, (weight, nodes) in versions.items():
         given, every = answers(weight, nodes), snp.field_matrices(weight, snp.class_means(nodes, labels, len(weight)))
-        fields[name], booleans = every[node], snp.boolean_matrices(every, threshold)
+        booleans = snp.boolean_matrices(every, threshold)
+        node = clear(booleans)
+        fields[name] = every[node]
         own = snp.node_statistics(booleans[node : node + 1])
         row = {"version": name, "accuracy": (given == labels).float().mean().item()}
         row |= {"alike": (given == first).float().mean().item(), "snr": snp.snr(booleans)}
-        row |= {"labels": int(own.labels), "clusters": int(own.clusters), "noise": int(own.internal + own.external)}
+        row |= {
+            "node": node,
+            "labels": int(own.labels),
+            "clusters": int(own.clusters),
+            "noise": int(own.internal + own.external),
+        }
         rows.append(row)
     return pd.DataFrame(rows), fields
 

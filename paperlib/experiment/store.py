@@ -138,7 +138,7 @@ class Run:
             if not (made / MANIFEST).exists():
                 took = f"{manifest['seconds'] / 60:.0f} minutes"
                 self.log(f"{record['stage']}: its large files are not committed; making them took {took}")
-            whole = self._computed(made, record, make)
+            whole = replace(self, finished_only=False)._computed(made, record, make)
             if whole.sha256 != manifest["sha256"]:
                 self.log(f"{record['stage']}: not bit for bit the committed one (another kind of machine?)")
             return whole
@@ -148,11 +148,6 @@ class Run:
     def _computed(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
         if self.known_sha256:
             raise FileNotFoundError(f"{record['stage']} is not among the committed results, or not with these settings")
-        if self.finished_only and not (folder / MANIFEST).exists():
-            raise FileNotFoundError(
-                f"{record['stage']} is not finished, or not with these settings: "
-                f"python -m paperlib measure {self.profile}"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = locked(folder.parent / ".lock")
@@ -191,6 +186,11 @@ class Run:
         return f"; with other settings it took {longest / 60:.0f} minutes" if longest >= 60 else ""
 
     def _made(self, folder: Path, record: dict, make: Callable[[Path], None]) -> Stage:
+        if self.finished_only:
+            raise FileNotFoundError(
+                f"{record['stage']} is not finished with these settings: python -m paperlib measure {self.profile}, "
+                "with the same --set"
+            )
         limit.before(record["stage"])
         start = time.monotonic()
         provenance.peak_gb(forget=True)
