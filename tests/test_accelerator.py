@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pretend import DEVICE, waits
 from torch import nn
+from torch.utils import backend_registration
 
 from paperlib import optimum, training
 from paperlib.data import Images
@@ -22,6 +22,14 @@ CUT = {"data": "cifar100", "image_size": 32, "model": "cct_2_3x3", "heads": 2, "
 CUT |= {"epochs": 2, "batch_size": 16, "lr": 0.003, "optimizer": "adamw", "augmentation": "published"}
 CUT |= {"precision": "fp32", "threshold_sweep": [0.3], "prune_thresholds": [0.5], "permutations": 10}
 LABELS = 4
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """The pretended device. It is imported here, as it becomes the accelerator of the process."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices in Python: a newer one has")
+    return importlib.import_module("pretend")
 
 
 @pytest.fixture
@@ -67,25 +75,25 @@ def tables(stage):
 
 
 @pytest.mark.parametrize("augmentation", ["light", "mixed", "published"])
-def test_no_step_waits_for_the_device(augmentation):
+def test_no_step_waits_for_the_device(augmentation, elsewhere):
     """An epoch waits a few times, however many steps it has: for its losses, its weights and its accuracy."""
-    network = cct("cct_2_3x1", num_classes=3, image_size=8).to(DEVICE)
+    network = cct("cct_2_3x1", num_classes=3, image_size=8).to(elsewhere.DEVICE)
     pixels, labels = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8), torch.arange(30) % 3
-    data = Images("toy", pixels, labels, pixels[:6], labels[:6], tuple("abc")).to(DEVICE)
-    assert data.statistics[0].device == DEVICE  # once, before the first epoch
+    data = Images("toy", pixels, labels, pixels[:6], labels[:6], tuple("abc")).to(elsewhere.DEVICE)
+    assert data.statistics[0].device == elsewhere.DEVICE  # once, before the first epoch
     given = {"epochs": 2, "lr": 0.01, "weight_decay": 0.01, "warmup": 0.2, "label_smoothing": 0.1, "shift": 1}
     given |= {"flip": True, "optimizer": "muon", "token_share": 0.5, "augmentation": augmentation, "precision": "fp32"}
     waited = []
     for batch_size in (10, 6):
-        with waits() as found:
+        with elsewhere.waits() as found:
             training.train(network, data, training.Recipe(**given, batch_size=batch_size), 0, log=lambda line: None)
         waited.append(found)
     assert len(waited[0]) == len(waited[1]) <= 2 * 4, waited[0]
 
 
-def test_what_waits_is_found():
+def test_what_waits_is_found(elsewhere):
     """The tool itself: what is read, or copied in a way that waits, is noted; what mixes devices, raises."""
-    values = torch.rand(3, 4).to(DEVICE)
+    values = torch.rand(3, 4).to(elsewhere.DEVICE)
     for wait in (
         values.sum().item,
         values.cpu,
@@ -94,11 +102,14 @@ def test_what_waits_is_found():
         lambda: values[torch.tensor([1, 0])],
         lambda: values.new_tensor([1]),
     ):
-        with waits() as found:
+        with elsewhere.waits() as found:
             wait()
         assert len(found) == 1, wait
-    with waits() as found:
-        torch.rand(4).to(DEVICE, non_blocking=True) + values.sum(dim=0).sort().values[values.argmax(dim=1)[0:1]]
+    with elsewhere.waits() as found:
+        (
+            torch.rand(4).to(elsewhere.DEVICE, non_blocking=True)
+            + values.sum(dim=0).sort().values[values.argmax(dim=1)[0:1]]
+        )
     assert not found
     for mistake in (lambda: values + torch.rand(4), lambda: nn.Linear(4, 2)(values), values.numpy):
         with pytest.raises((RuntimeError, TypeError)):
@@ -106,9 +117,9 @@ def test_what_waits_is_found():
 
 
 @pytest.mark.slow
-def test_everything_runs_there_and_finds_the_same(opened):
+def test_everything_runs_there_and_finds_the_same(opened, elsewhere):
     expected = {name: tables(stage) for name, stage in steps(opened(CPU))}
-    for name, stage in steps(opened(DEVICE)):
+    for name, stage in steps(opened(elsewhere.DEVICE)):
         found = tables(stage)
         assert found and found.keys() == expected[name].keys()
         for table, values in expected[name].items():
@@ -119,10 +130,10 @@ def test_everything_runs_there_and_finds_the_same(opened):
 
 
 @pytest.mark.slow
-def test_probing_gives_there_what_it_gives_here():
+def test_probing_gives_there_what_it_gives_here(elsewhere):
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(120, 6)
     y = (x[:, :2] > 0).long() @ torch.tensor([1, 2])
     batches = [(x[:80], y[:80])], [(x[80:], y[80:])]  # of the CPU: a batch goes where the network is
-    here, there = (probe(network.to(device), [Tap(1, "hidden", "1")], *batches) for device in (CPU, DEVICE))
+    here, there = (probe(network.to(device), [Tap(1, "hidden", "1")], *batches) for device in (CPU, elsewhere.DEVICE))
     pd.testing.assert_frame_equal(there, here, rtol=0.05)
