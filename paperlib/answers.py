@@ -116,9 +116,9 @@ def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     rows = rows[rows.network == "trained"].set_index("encoder")
     beaten = rows.index[rows.gap > rows.gap_null_high]
     words = f"in {len(beaten)} of {len(rows)} encoders" if len(beaten) else "in no encoder"
-    gap, last = 100 * rows.gap, 100 * rows.gap_null_high
-    number = f"own labels lose {gap.mean():.1f} points more than others, in the last encoder {gap.iloc[-1]:.1f}"
-    return words, f"silenced head: {number}; reassigned owners {last.mean():.1f}"
+    gap, chance = 100 * rows.gap, 100 * rows.gap_null_high
+    number = f"own labels lose {gap.mean():.1f} points more (last encoder {gap.iloc[-1]:.1f})"
+    return words, f"silenced head: {number}; reassigned owners {chance.mean():.1f}"
 
 
 def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
