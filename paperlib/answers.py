@@ -108,7 +108,7 @@ def _pruning(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     than = "better" if accuracy["andc"] > accuracy["random"] else "worse"
     methods = (("andc", "ANDC"), ("random", "random"), ("magnitude", "largest weights"))
     rest = ", ".join(f"{name} {accuracy[method]:.0f} %" for method, name in methods)
-    return f"{than} than random masks right after", f"{100 * part.dilution.mean():.0f} % removed: {rest}"
+    return f"{than} than random at first", f"{100 * part.dilution.mean():.0f} % removed: {rest}"
 
 
 def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:

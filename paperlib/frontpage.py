@@ -63,7 +63,7 @@ def _depth(axis, table: pd.DataFrame) -> None:
 def _owners(axis, table: pd.DataFrame) -> None:
     lost = figures.lost_by_owner(table)
     top = np.abs(lost.to_numpy()).max()
-    image = axis.imshow(lost, cmap="RdBu_r", vmin=-top, vmax=top)
+    image = axis.imshow(lost, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
     heads = range(len(lost))
     for row, column in itertools.product(heads, heads) if len(lost) <= 8 else ():
         value = lost.iloc[row, column]
