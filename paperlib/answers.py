@@ -69,11 +69,10 @@ def _halves(table: pd.DataFrame, threshold: float) -> tuple[str, str]:
     curves = _depth(table, threshold)
     grow = [curves.loc[half, "trained"].dropna().iloc[[0, -1]].diff().iloc[-1] > 0 for half in ("cct", "cnn")]
     words = {2: "SNR grows with depth in both", 1: "SNR grows with depth in one only", 0: "SNR grows in neither"}
-    ends = [
-        f"{name} {_ends(curves.loc[half, 'trained'])} (random {_ends(curves.loc[half, 'random'])})"
-        for half, name in (("cct", "CCT"), ("cnn", "CNN"))
-    ]
-    return words[sum(grow)], f"SNR {', '.join(ends)}"
+    trained = ", ".join(
+        f"{name} {_ends(curves.loc[half, 'trained'])}" for half, name in (("cct", "CCT"), ("cnn", "CNN"))
+    )
+    return words[sum(grow)], f"SNR {trained}; random ≤ {curves.xs('random', level='network').stack().max():.1f}"
 
 
 def _clusters(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
@@ -117,8 +116,8 @@ def _heads(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     beaten = rows.index[rows.gap > rows.gap_null_high]
     words = f"in {len(beaten)} of {len(rows)} encoders" if len(beaten) else "in no encoder"
     gap, chance = 100 * rows.gap, 100 * rows.gap_null_high
-    number = f"own labels lose {gap.mean():.1f} points more (last encoder {gap.iloc[-1]:.1f})"
-    return words, f"silenced head: {number}; reassigned owners {chance.mean():.1f}"
+    number = f"own labels lose {gap.mean():.1f} points (last encoder {gap.iloc[-1]:.1f})"
+    return words, f"{number}; reassigned {chance.mean():.1f}"
 
 
 def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
@@ -128,8 +127,7 @@ def _macroscopic(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     ranks = rows[rows["size"] < rows["size"].max()].groupby("seed")[["predicted", "measured"]].corr("spearman")
     rank = ranks.xs("measured", level=1).predicted.mean()
     size = "yes" if errors[0] < errors[1] else "no"
-    missed = f"whole encoders missed by {errors[0]:.0f} points (by their size {errors[1]:.0f})"
-    number = f"rank correlation {rank:.2f}; {missed}"
+    number = f"rank correlation {rank:.2f}; whole encoders off {errors[0]:.0f} points, baseline {errors[1]:.0f}"
     return f"ranking {'yes' if rank > 0.8 else 'no'}, size {size}", number
 
 
