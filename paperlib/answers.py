@@ -155,7 +155,8 @@ def _growth(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     found, tap = _nodes(table), _ff(table)
     curve, random = (found.loc[kind, tap].snr for kind in ("trained", "random"))
     growth, last = curve.iloc[-1] - curve.iloc[0], curve.iloc[-1] - curve.iloc[-2]
-    words = f"{max(0, last / growth):.0%} of the growth in the last step" if growth > 0 else "SNR does not grow"
+    words = f"{last / growth:.0%} of the growth in the last step" if last > 0 else "no growth in the last step"
+    words = words if growth > 0 else "SNR does not grow"
     return words, f"SNR of {tap} {_ends(curve)}; random weights {_ends(random)}"
 
 
@@ -333,8 +334,9 @@ def divided(tables: dict[str, pd.DataFrame]) -> str:
     ablation = tables["ablation"]
     last = ablation[(ablation.fold == -1) & (ablation.encoder == ablation.encoder.max())].groupby("owners").gap.mean()
     return (
-        f"In the last encoder {number} ({words}). Silencing a head costs its own labels {100 * last['native']:.1f} "
-        f"points more than the others; owners by silencing itself, {100 * last['best']:.1f}."
+        f"In the last encoder {number} ({words}). Silencing a head costs its own labels "
+        f"{_points(100 * last['native'])} points more than the others; owners by silencing itself, "
+        f"{_points(100 * last['best'])}."
     )
 
 
