@@ -395,6 +395,22 @@ def late_layers(table: pd.DataFrame) -> list[Row]:
     return [row for names, part in parts for row in _spared(part, pruned_part(*names), "loss", beside=True)]
 
 
+def of_transformer(
+    nodes: dict[str, pd.DataFrame],
+    heads: dict[str, pd.DataFrame],
+    pruned: pd.DataFrame,
+    late: pd.DataFrame,
+    sets: pd.DataFrame,
+) -> list[Row]:
+    """C2 to C6 of transformers alone (C1 asks for a CNN beside them), from the tables of `experiment.measure` at one
+    threshold, `division`, `readings`, `late` and `sets`."""
+    rows = [row for tap in (FF, MHA, STREAM) for row in clusters(nodes, tap, beside=tap == STREAM)]
+    rows += sharpening(nodes) + pruning(pruned) + late_layers(late)
+    encoders = {network: table for network, table in heads["encoders"].groupby("network")}
+    rows += modus_vivendi(encoders["trained"], encoders["random"], heads["ablation"], heads["cooperation"])
+    return rows + [row for tap in (STREAM, FF, MHA) for row in macroscopic(sets, tap, beside=tap != STREAM)]
+
+
 def pruned_part(reading: str, encoders: int) -> str:
     """What a reading prunes (`experiment.late`), in words."""
     unit = "layer" if reading == "filters" else "encoder"

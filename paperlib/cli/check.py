@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from paperlib import claims, data, experiment, models, snp, taps, training
+from paperlib import claims, data, experiment, models, snp, taps, training, verdicts
 from paperlib.experiment import networks, settings
 from paperlib.experiment.store import Run
 from paperlib.files import read_json
@@ -61,7 +61,8 @@ def check_networks(names: list[str]) -> bool:
 def check_verdicts(profile: str) -> bool:
     run = settings.open_committed(profile)
     summary = read_json(root() / "figures" / profile / "summary.json")
-    rows, different = all_verdicts(run, summary["results"]), differing_nodes(run)
+    rows, images = all_verdicts(run, summary["results"]), any(name.startswith("02") for name in summary["results"])
+    different = differing_nodes(run) if images else 0
     print(claims.table(rows).to_string())
     same = json.loads(json.dumps(rows)) == summary["verdicts"]
     print(f"\n{'the same' if same else 'NOT the same'} as summary.json; {different} nodes differ from their matrices")
@@ -69,7 +70,7 @@ def check_verdicts(profile: str) -> bool:
 
 
 def all_verdicts(run: Run, walked: Iterable[str]) -> list[dict]:
-    """What the last cells of these notebooks (of 02 to 05) compute."""
+    """What the last cells of these notebooks (of 02 to 05, and 07) compute."""
     name, labels, rows = run.images.name, len(run.images.classes), []
     numbers = {notebook[:2] for notebook in walked}
     if "02" in numbers:
@@ -87,6 +88,10 @@ def all_verdicts(run: Run, walked: Iterable[str]) -> list[dict]:
         halves = {"cct": run, "cnn": networks.cnn_half(run)}
         penalties = {half: experiment.nodes.penalties(part) for half, part in halves.items()}
         rows += claims.unified(nodes, correct, name, labels, penalties)
+    if "07" in numbers:
+        parts = (experiment.division.tables(run), *(part.table(run) for part in (experiment.readings, experiment.late)))
+        nodes = experiment.measure.at_threshold(experiment.measure.tables(run), run.settings.threshold)
+        rows += verdicts.records(verdicts.of_transformer(nodes, *parts, experiment.sets.table(run)), name)
     return sorted(rows, key=lambda row: row["claim"])
 
 

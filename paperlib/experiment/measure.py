@@ -77,6 +77,11 @@ def tables(run: Run) -> dict[str, pd.DataFrame]:
     return {name: table.reset_index(drop=True) for name, table in found.items()}
 
 
+def at_threshold(found: dict[str, pd.DataFrame], threshold: float) -> dict[str, pd.DataFrame]:
+    """The tables taps and folds of `tables` at one threshold."""
+    return {name: found[name][found[name].threshold == threshold] for name in ("taps", "folds")}
+
+
 def nodes(run: Run, seed: int, kind: str) -> Stage:
     """Stage: what the readouts of one network say of its nodes, at every threshold of the sweep and the main one.
 
