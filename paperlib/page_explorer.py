@@ -164,7 +164,7 @@ def claim_rules(run: Run) -> dict:
     rows, status = {}, {"C2": [], "C3": []}
     thresholds = sorted(tables["taps"].threshold.unique())
     for threshold in thresholds:
-        at = {name: table[table.threshold == threshold] for name, table in tables.items()}
+        at = measure.at_threshold(tables, threshold)
         found = [row for tap in (verdicts.FF, verdicts.MHA) for row in verdicts.clusters(at, tap)]
         found += [row for row in verdicts.sharpening(at) if not row.beside]
         for claim, words in status.items():
