@@ -47,7 +47,7 @@ def test_the_end_of_a_network_answers_as_the_network(run):
 @pytest.mark.slow
 def test_masks_hold_through_training_and_losses_are_paired(run):
     stage = late.pruned(run, 0, "W2")
-    table, answers = stage.table("late"), stage.arrays("answers")
+    table, answers = stage.table("late"), stage.arrays("answers") | late.unpruned(run, 0, 1).arrays("answers")
     assert set(table.method) == set(late.METHODS) and set(table.epochs) == {0, 1, 2}
     masked = table[~table.method.isin(["unpruned", "removed"])]
     assert masked.dilution.nunique() == 1 and masked.dilution.iloc[0] >= late.DILUTION

@@ -8,6 +8,7 @@ held-out images, and hold through training (code: so does the group's protocol f
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,15 +76,28 @@ def label_sets(run: Run, seed: int) -> Stage:
     return run.stage(f"late-label-sets-seed{seed}", config, inputs, make)
 
 
+def unpruned(run: Run, seed: int, encoders: int) -> Stage:
+    """Stage: the last so many encoders trained on as they are, what every mask of theirs is compared with. answers:
+    unpruned/epochs -> (n_test,) bool."""
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        fresh = partial(_pruned, network, {}, encoders, removed=False)
+        save_arrays(folder / "answers.npz", _curve(run, fresh, _streams(run, network, encoders), seed, folder))
+
+    config = _config(run, seed) | {"encoders": encoders}
+    return run.stage(f"late-unpruned-{encoders}-seed{seed}", config, inputs, make)
+
+
 def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
     """Stage: the last so many encoders pruned at the smallest dilution of at least one half, and trained on.
 
     late.csv: seed, reading (a key of `READINGS`, or `FILTERS`), encoders, threshold, method (`METHODS`; removed: the
     branch says nothing, not of a CNN), dilution, epochs (0: right after pruning), accuracy, loss and loss_se (against
     the better of the unpruned network as it was and trained on alike), andc_ahead and andc_ahead_se (accuracy of ANDC's
-    network less this one's, on the same images); accuracies in 0..1.
+    network less this one's, on the same images); accuracies in 0..1. answers: method/epochs -> (n_test,) bool.
     """
-    source = label_sets(run, seed)
+    source, intact = label_sets(run, seed), unpruned(run, seed, encoders)
     network, inputs = load_network(run, seed, "trained")
 
     def make(folder: Path) -> None:
@@ -96,14 +110,13 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
         masks = andc.masks_of_every_method(network, found, pairs, entering, generator)
         if reading != FILTERS:  # a CNN without a layer says nothing
             masks["removed"] = {name: torch.zeros_like(mask) for name, mask in masks["andc"].items()}
-        methods = ("unpruned", *masks)
-        for method in methods:
-            for epochs in (0, *EPOCHS):
-                tail = _pruned(network, masks.get(method, {}), encoders, removed=method == "removed")
-                right = _trained(run, tail, data, epochs, seed, folder / f"{method}-{epochs}.pt")
-                answers[f"{method}/{epochs}"] = right.cpu()
+        for method, mask in masks.items():
+            fresh = partial(_pruned, network, mask, encoders, removed=method == "removed")
+            answers |= _curve(run, fresh, data, seed, folder, method)
             run.log(f"{reading} of {encoders}, {method}: {answers[f'{method}/{EPOCHS[-1]}'].float().mean():.1%}")
-        for method in methods:
+        save_arrays(folder / "answers.npz", answers)
+        answers |= intact.arrays("answers")
+        for method in ("unpruned", *masks):
             for epochs in (0, *EPOCHS):
                 right = answers[f"{method}/{epochs}"]
                 whole = max((answers[f"unpruned/{n}"] for n in (0, epochs)), key=lambda part: part.sum())
@@ -114,12 +127,17 @@ def pruned(run: Run, seed: int, reading: str, encoders: int = 1) -> Stage:
                 error = (ahead.std() / len(ahead) ** 0.5).item()
                 rows.append(row | {"andc_ahead": ahead.mean().item(), "andc_ahead_se": error})
         save_table(folder / "late.csv", rows)
-        save_arrays(folder / "answers.npz", answers)
 
+    config = _config(run, seed) | {"reading": reading, "encoders": encoders}
+    inputs |= {"sets": source.sha256, "unpruned": intact.sha256}
+    return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs, make)
+
+
+def _config(run: Run, seed: int) -> dict:
+    """What decides how the end of a network is trained on."""
     config = run.config(*ARCHITECTURE, *SPLIT[run.settings.blind], "batch_size", "weight_decay", "label_smoothing")
-    config |= {"seed": seed, "reading": reading, "encoders": encoders, "epochs": EPOCHS, "rate": RATE}
-    config |= {"images": measure.examples(run)} | run.config("precision", "max_steps")
-    return run.stage(f"late-{reading}-{encoders}-seed{seed}", config, inputs | {"sets": source.sha256}, make)
+    config |= run.config("precision", "max_steps") | {"images": measure.examples(run)}
+    return config | {"seed": seed, "epochs": EPOCHS, "rate": RATE}
 
 
 def _said(run: Run, tap: str, text: str) -> None:
@@ -227,6 +245,17 @@ def _pruned(network: nn.Module, masks: dict[str, Tensor], depth: int, removed: b
         for name in own:
             nn.init.zeros_(tail.get_submodule(name).bias)
     return tail
+
+
+def _curve(
+    run: Run, fresh: Callable[[], nn.Module], data: Inputs, seed: int, folder: Path, method: str = "unpruned"
+) -> dict[str, Tensor]:
+    """Answers right after pruning and after each length of training, which starts from a fresh end: method/epochs ->
+    (n_test,) bool."""
+    return {
+        f"{method}/{epochs}": _trained(run, fresh(), data, epochs, seed, folder / f"{method}-{epochs}.pt").cpu()
+        for epochs in (0, *EPOCHS)
+    }
 
 
 def _trained(run: Run, tail: nn.Module, data: Inputs, epochs: int, seed: int, checkpoint: Path) -> Tensor:
