@@ -50,10 +50,8 @@ html_theme_options = {
     "footer_end": [],
 }
 
-PICTURE = re.compile(
-    r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"[^>]* alt="([^"]*)">\s*</picture>'
-)
-BY_THEME = r"![\3](\2){.only-light}\n![\3](\1){.only-dark}"
+PICTURE = re.compile(r'<picture>(.*?)<img src="([^"]+)"[^>]* alt="([^"]*)">\s*</picture>', flags=re.S)
+SOURCE = re.compile(r'srcset="([^"]+)"')
 IMAGE_FROM_OUTSIDE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 ANCHOR = re.compile(r'<a id=\\?"[\w-]+\\?"></a>')  # the heading below it has that name
@@ -69,8 +67,17 @@ def as_page(app, docname: str, source: list[str]) -> None:
             path = f"{path.rstrip('/')}/index.rst"
         return "](" + re.sub(r"\.py$", ".rst", path)
 
-    text = IMAGE_FROM_OUTSIDE.sub(r"\1", PICTURE.sub(BY_THEME, source[0]))
+    text = IMAGE_FROM_OUTSIDE.sub(r"\1", PICTURE.sub(by_reader, source[0]))
     source[0] = LINK.sub(to_page, ANCHOR.sub("", text))
+
+
+def by_reader(match: re.Match) -> str:
+    """All versions of a picture, each shown by its theme and on its width (site.css)."""
+    shown = []
+    for path in (*SOURCE.findall(match[1]), match[2]):
+        theme, width = "dark" if "-dark" in path else "light", "narrow" if "-narrow" in path else "wide"
+        shown.append(f"![{match[3]}]({path}){{.only-{theme} .{width}}}")
+    return "\n".join(shown)
 
 
 def as_rst(app, what, name, thing, options, lines: list[str]) -> None:

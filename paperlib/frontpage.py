@@ -19,9 +19,9 @@ DARK = {
 }
 
 
-def hero(folder: Path, dark: bool = False) -> Figure:
+def hero(folder: Path, dark: bool = False, narrow: bool = False) -> Figure:
     """The main results of a walk, or of a profile's published results, in four panels with the verdicts in their
-    titles; a panel whose notebook has not run is empty."""
+    titles; a panel whose notebook has not run is empty. narrow: one below the other, for a phone."""
     found = answers(folder)
     threshold = files.read_json(folder / "summary.json")["config"]["threshold"]
     panels = [
@@ -30,8 +30,9 @@ def hero(folder: Path, dark: bool = False) -> Figure:
         (_pruning, "accuracy_against_dilution", "Pruning by shared labels", ("C4",)),
         (_sets, "predicted_accuracies", "Nodes predict sets of nodes", ("C6",)),
     ]
+    rows, columns, size = (4, 1, (4.6, 12.4)) if narrow else (2, 2, (9.2, 6.6))
     with in_style({**PLAIN, "font.size": 10, **(DARK if dark else {})}):
-        figure, axes = plt.subplots(2, 2, figsize=(9.2, 6.6))
+        figure, axes = plt.subplots(rows, columns, figsize=size)
         for axis, (draw, table, title, claims) in zip(axes.flat, panels, strict=True):
             path = folder / f"{table}.csv"
             if path.exists():
@@ -44,7 +45,7 @@ def hero(folder: Path, dark: bool = False) -> Figure:
             axis.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20).set_in_layout(False)
             said = f"{', '.join(claims)}: {' / '.join(sorted(verdicts))}{more}"
             axis.text(0, 1.02, said, transform=axis.transAxes, **style).set_in_layout(False)
-        figure.get_layout_engine().set(rect=(0, 0, 1, 0.95), hspace=0.12)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.97 if narrow else 0.95), hspace=0.12)
         plt.close(figure)
         return figure
 
@@ -82,7 +83,7 @@ def _pruning(axis, table: pd.DataFrame) -> None:
         colour, marker = figures.METHOD_STYLES[method]
         axis.plot([0, *curve.dilution], [whole, *100 * curve.accuracy], marker=marker, ms=5, label=name,
                   color="grey" if method == "random" else colour)  # fmt: skip
-    axis.set(xlabel="share of FF weights removed", ylabel="test accuracy (%)", ylim=(0, 1.4 * whole))
+    axis.set(xlabel="share of FF weights removed", ylabel="test accuracy (%)", ylim=(0, 1.6 * whole))
     axis.legend(loc="upper right", fontsize=9)
 
 
@@ -95,37 +96,54 @@ def _sets(axis, table: pd.DataFrame) -> None:
     axis.figure.colorbar(image, ax=axis, label="encoder", shrink=0.9)
 
 
-def anatomy(dark: bool = False) -> Figure:
-    """What is measured where: an encoder of a CCT and a layer of a CNN as chains of operations, with every tap."""
-    # (operation, tap after it); first and last operation that are repeated, and what they make up
-    cct = [
-        ("tokenizer,\npositions", "stem"), ("LN", ""), ("$W_{qkv}$", "qkv"), ("heads", "attn"), ("proj", "mha"),
-        ("+, LN$_1$", "ff_in"), ("$W_1$, GELU", "ff1"), ("$W_2$", "ff2"), ("+", "block"),
-        ("LN, SeqPool,\nclassifier", ""),
-    ]  # fmt: skip
-    cnn = [
-        ("image", ""), ("convolution", ""), ("batch norm", ""), ("ReLU,\n(pooling)", "conv"), ("mean,\nclassifier", ""),
-    ]  # fmt: skip
-    rows = {"CCT": (1.6, cct, (1, 8), "encoder, repeated"), "CNN": (0.0, cnn, (1, 3), "layer, repeated")}
+# (operation, tap after it) of an encoder of a CCT, and of a layer of a CNN
+CCT_CHAIN = [
+    ("tokenizer,\npositions", "stem"), ("LN", ""), ("$W_{qkv}$", "qkv"), ("heads", "attn"), ("proj", "mha"),
+    ("+, LN$_1$", "ff_in"), ("$W_1$, GELU", "ff1"), ("$W_2$", "ff2"), ("+", "block"), ("LN, SeqPool,\nclassifier", ""),
+]  # fmt: skip
+CNN_CHAIN = [
+    ("image", ""), ("convolution", ""), ("batch norm", ""), ("ReLU,\n(pooling)", "conv"), ("mean,\nclassifier", ""),
+]  # fmt: skip
+REPEATED = {"CCT": (CCT_CHAIN, (1, 8), "encoder, repeated"), "CNN": (CNN_CHAIN, (1, 3), "layer, repeated")}
+
+
+def anatomy(dark: bool = False, narrow: bool = False) -> Figure:
+    """What is measured where: an encoder of a CCT and a layer of a CNN as chains of operations, with every tap. narrow:
+    the chains run down, for a phone."""
     with in_style({**PLAIN, "font.size": 9, **(DARK if dark else {})}):
-        figure, axis = plt.subplots(figsize=(9.2, 2.9))
-        ink, box = (
-            plt.rcParams["text.color"],
-            {"boxstyle": "round,pad=0.3", "fc": ("#e9ecef", "#30363d")[dark], "ec": "none"},
-        )
-        for name, (height, chain, (first, last), text) in rows.items():
-            axis.text(-0.75, height, name, ha="right", va="center", fontweight="bold")
-            axis.plot([0, len(chain) - 1], [height, height], color="grey", lw=1, zorder=0)
-            corner, size = (first - 0.47, height - 0.55), (last - first + 0.94, 1.07)
-            axis.add_patch(plt.Rectangle(corner, *size, fc="none", ec="grey", ls="--"))
-            axis.text(first - 0.4, height + 0.38, text, fontsize=8, va="center", color="grey")
-            for place, (operation, tap) in enumerate(chain):
-                axis.text(place, height, operation, ha="center", va="center", fontsize=8, bbox=box)
-                if not tap:
-                    continue
-                colour = ink if tap == "stem" else figures.TAP_COLOURS[tap]
-                axis.text(place, height - 0.38, f"\u25cf {tap}", ha="center", va="center", color=colour, weight="bold")
-        axis.set(xlim=(-1.3, 9.7), ylim=(-0.7, 2.3))
+        figure, axis = plt.subplots(figsize=(4.6, 6.6) if narrow else (9.2, 2.9))
+        for number, (name, (chain, repeated, text)) in enumerate(REPEATED.items()):
+            _chain(
+                axis, name, chain, repeated, text, across=2.5 * number if narrow else 1.6 * (1 - number), down=narrow
+            )
+        axis.set(xlim=(-0.8, 4.2), ylim=(9.5, -1.1)) if narrow else axis.set(xlim=(-1.3, 9.7), ylim=(-0.7, 2.3))
         axis.axis("off")
         plt.close(figure)
         return figure
+
+
+def _chain(axis, name: str, chain: list, repeated: tuple[int, int], text: str, across: float, down: bool) -> None:
+    """One chain of operations and its taps, with a frame around what is repeated: along a row, or down a column, at
+    this place across."""
+    colour = plt.rcParams["text.color"]
+    box = {"boxstyle": "round,pad=0.3", "fc": "#30363d" if colour == DARK["text.color"] else "#e9ecef", "ec": "none"}
+
+    def at(along: float, beside: float = 0.0) -> tuple[float, float]:
+        return (across + beside, along) if down else (along, across - beside)
+
+    (first, last), end = repeated, len(chain) - 1
+    axis.plot(*zip(at(0), at(end), strict=True), color="grey", lw=1, zorder=0)
+    axis.text(*at(-0.75), name, ha="center" if down else "right", va="center", fontweight="bold")
+    corner, size = at(first - 0.47, -0.6 if down else 0.55), (last - first + 0.94, 2.1 if down else 1.07)
+    axis.add_patch(plt.Rectangle(corner, *(size[::-1] if down else size), fc="none", ec="grey", ls="--"))
+    style = {"fontsize": 8, "va": "center", "color": "grey"}
+    if down:
+        axis.text(*at((first + last) / 2, 1.38), text, rotation=270, ha="center", **style)
+    else:
+        axis.text(*at(first - 0.4, -0.38), text, **style)
+    for place, (operation, tap) in enumerate(chain):
+        axis.text(*at(place), operation, ha="center", va="center", fontsize=8, bbox=box)
+        if tap:
+            tint = colour if tap == "stem" else figures.TAP_COLOURS[tap]
+            where = {"ha": "left" if down else "center", "va": "center", "color": tint, "weight": "bold"}
+            axis.text(*at(place, 0.62 if down else 0.38), f"\u25cf {tap}", **where)

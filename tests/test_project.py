@@ -183,6 +183,13 @@ def test_links_to_files_resolve(page):
             assert anchor[1:] in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, anchor
 
 
+def test_the_readme_is_one_page_with_its_pictures():
+    page = (ROOT / "README.md").read_text()
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', page)
+    assert len(page.encode()) <= 8 * 1024 and len(pictures) == len(set(pictures)) == 8
+    assert all((ROOT / name).is_file() for name in pictures)
+
+
 def commands(page):
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
     return [line for block in blocks for line in block.splitlines() if line.partition("#")[0].strip()]

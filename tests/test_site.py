@@ -72,11 +72,12 @@ def test_formulas_and_stored_outputs_are_shown(built):
     assert names.count("math") > 5 and names.count("img") > 5 and names.count("table") > 5
 
 
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_first_page_follows_the_reader(built, browser, scheme):
-    """The pictures are those of the reader's colours, a phone shows the page, no script complains or asks outside."""
+def test_the_first_page_follows_the_reader(built, browser, scheme, width):
+    """The pictures are those of the reader's colours and width, no script complains or asks outside."""
     folder, _ = built
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     said, requests = [], []
     page.on("console", lambda message: message.type in ("error", "warning") and said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -84,7 +85,8 @@ def test_the_first_page_follows_the_reader(built, browser, scheme):
     page.goto((folder / "index.html").as_uri())
     pictures = page.locator("article img:visible")
     names = [pictures.nth(i).get_attribute("src").rpartition("/")[2] for i in range(pictures.count())]
-    assert names == [f"{name}{'-dark' * (scheme == 'dark')}.png" for name in ("hero", "anatomy")]
+    form = "-narrow" * (width == 390) + "-dark" * (scheme == "dark")
+    assert names == [f"hero{form}.png", f"anatomy{form}.png"]
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth > 300") for i in range(2))
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert "made by" not in page.locator("body").inner_text()  # the marks between which tables are made

@@ -12,6 +12,7 @@ that fetches the project there. May be given again, with another address too. Th
 """
 
 import argparse
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -80,10 +81,13 @@ def publish_results(profile: str, figures_only: bool) -> None:
 
 
 def publish_frontpage(figures: Path) -> None:
-    """The pictures of README, for light and dark pages, beside the profiles' folders."""
-    for dark, suffix in ((False, ""), (True, "-dark")):
-        for name, picture in (("hero", frontpage.hero(figures, dark)), ("anatomy", frontpage.anatomy(dark))):
-            with whole(figures.parent / f"{name}{suffix}.png") as file:
+    """The pictures of README, for light and dark pages, wide and narrow ones, beside the profiles' folders."""
+    for dark, narrow in itertools.product((False, True), repeat=2):
+        for name, picture in (
+            ("hero", frontpage.hero(figures, dark, narrow)),
+            ("anatomy", frontpage.anatomy(dark, narrow)),
+        ):
+            with whole(figures.parent / f"{name}{'-narrow' * narrow}{'-dark' * dark}.png") as file:
                 picture.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
 
