@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -338,6 +339,30 @@ def divided(tables: dict[str, pd.DataFrame]) -> str:
         f"{_points(100 * last['native'])} points more than the others; owners by silencing itself, "
         f"{_points(100 * last['best'])}."
     )
+
+
+def answering(table: pd.DataFrame) -> str:
+    """Of how many nodes recognise a label in its owner and in other heads, `experiment.division.head_matrices`."""
+    said, of = {}, "{:.1f} nodes of its owner and {:.1f} of another head".format
+    for place, rows in table.groupby(["network", "encoder"]):
+        heads = [part for _, part in rows.groupby("head")]
+        own = np.stack([part.owned for part in heads])
+        counts = np.stack([np.diag(part.drop(columns=["network", "encoder", "head", "owned"])) for part in heads])
+        said[place] = of(counts[own].mean(), counts[~own & own.any(axis=0)].mean())
+    first, last = table.encoder.min(), table.encoder.max()
+    return (
+        f"In the last encoder a label is recognised by {said['trained', last]}, in the first one by "
+        f"{said['trained', first]}, with random weights by {said['random', last]}."
+    )
+
+
+def silenced(table: pd.DataFrame) -> str:
+    """Of `experiment.division.silenced` in the last encoder; every label counts alike."""
+    last = table[table.encoder == table.encoder.max()]
+    own = last["head"] == last.owner
+    mine, other = (100 * np.average(part["drop"], weights=part.labels) for part in (last[own], last[~own]))
+    lost = f"{_points(mine)} points without its owner, {_points(other)} without another head"
+    return f"In the last encoder a label loses {lost}."
 
 
 def removed(table: pd.DataFrame) -> str:

@@ -443,14 +443,15 @@ def head_map(table: pd.DataFrame, classes: tuple[str, ...], data: str, place: st
 @in_style(PLAIN)
 def head_matrices(table: pd.DataFrame, data: str, place: str) -> Figure:
     """For how many of a head's nodes an image of one label (row) makes another label (column) answer; labels ordered by
-    owner, a head's own framed; encoders are rows (`experiment.heads.head_matrices`)."""
-    encoders, heads = sorted(table.encoder.unique()), sorted(table["head"].unique())
-    size = (0.6 + 2.2 * len(heads), 0.4 + 2.4 * len(encoders))
-    figure, axes = plt.subplots(len(encoders), len(heads), figsize=size, squeeze=False, dpi=72)
-    for row, encoder in zip(axes, encoders, strict=True):
+    owner, a head's own framed; encoders, and those with random weights, are rows (`experiment.division.head_matrices`,
+    `experiment.heads.head_matrices`)."""
+    groups, heads = list(table.groupby(["network", "encoder"], sort=False)), sorted(table["head"].unique())
+    size = (0.6 + 2.2 * len(heads), 0.4 + 2.4 * len(groups))
+    figure, axes = plt.subplots(len(groups), len(heads), figsize=size, squeeze=False, dpi=72)
+    for row, ((network, encoder), rows) in zip(axes, groups, strict=True):
         for axis, head in zip(row, heads, strict=True):
-            part = table[(table.encoder == encoder) & (table["head"] == head)]
-            matrix = part.drop(columns=["encoder", "head", "owned"]).to_numpy()
+            part = rows[rows["head"] == head]
+            matrix = part.drop(columns=["network", "encoder", "head", "owned"]).to_numpy()
             low, high = np.quantile(matrix, [0.01, 0.995])
             axis.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
             own = np.flatnonzero(part.owned)
@@ -458,8 +459,8 @@ def head_matrices(table: pd.DataFrame, data: str, place: str) -> Figure:
                 corner = own[0] - 0.5
                 axis.add_patch(plt.Rectangle((corner, corner), len(own), len(own), fill=False, ec="white", lw=1.5))
             axis.set(xticks=[], yticks=[], title=f"encoder {encoder}, head {head}: {len(own)} own labels")
-        row[0].set_ylabel("image shows")
-    axes[-1, 0].set_xlabel("node answers")
+        row[0].set_ylabel("shown label" + ", random weights" * (network == "random"))
+    axes[-1, 0].set_xlabel("answered label")
     return _stamped(figure, f"{data}, {place}; labels by owner, own labels framed", data)
 
 
@@ -650,6 +651,28 @@ def heads_along_depth(tables: dict[str, pd.DataFrame], data: str) -> Figure:
     right.set(xlabel="encoder", ylabel="own label above other\nown labels (%)")
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)
     return _stamped(figure, data, data, encoders)
+
+
+@in_style(PLAIN)
+def silenced_heads(table: pd.DataFrame, data: str) -> Figure:
+    """Accuracy lost (points) on each owner's labels (columns) by silencing each head (rows), mean over labels and
+    seeds, first and last encoder (`experiment.division.silenced`)."""
+    ends = {encoder: table[table.encoder == encoder] for encoder in sorted({table.encoder.min(), table.encoder.max()})}
+    lost = {
+        encoder: 100 * part.pivot_table(index="head", columns="owner", values="drop") for encoder, part in ends.items()
+    }
+    top = max(np.nanmax(np.abs(part.to_numpy())) for part in lost.values()) or 1.0
+    figure, axes = plt.subplots(1, len(lost), figsize=(3.9 * len(lost), 3.2), squeeze=False)
+    for axis, (encoder, part) in zip(axes[0], lost.items(), strict=True):
+        image = axis.imshow(part, cmap="RdBu_r", vmin=-top, vmax=top)
+        for row, column in itertools.product(*map(range, part.shape)) if part.size <= 64 else ():
+            value = part.iloc[row, column]
+            style = {"color": "white"} if abs(value) > 0.6 * top else {}
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, **style)
+        axis.set(title=f"encoder {encoder}", xlabel="owner of the labels", ylabel="silenced head")
+        axis.set(xticks=range(part.shape[1]), xticklabels=part.columns, yticks=range(len(part)), yticklabels=part.index)
+    figure.colorbar(image, ax=axes, label="accuracy lost (points)")
+    return _stamped(figure, data, data, table)
 
 
 @in_style(STYLE)

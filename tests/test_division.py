@@ -63,6 +63,37 @@ def test_specialisation_and_owners_are_those_of_counts(run, case):
 
 
 @pytest.mark.slow
+def test_matrices_of_heads_count_nodes_and_follow_owners(run, case):
+    table = division.head_matrices(run)
+    _, number, weight, parts = case
+    found = booleans(weight, *parts["test"])
+    counts = heads.cooperation_counts(found, number)
+    owners = division.specialisation(run, 0, "trained").table("owners")
+    owner = owners.query(f"encoder == {ENCODER} and basis == 'native'").sort_values("label").owner.to_numpy()
+    assert [*table.groupby(["network", "encoder"], sort=False).groups] == [
+        ("trained", 1), ("trained", ENCODER), ("random", ENCODER),
+    ]  # fmt: skip
+    for head, part in table.query(f"network == 'trained' and encoder == {ENCODER}").groupby("head"):
+        matrix = part.drop(columns=["network", "encoder", "head", "owned"]).to_numpy()
+        assert matrix.sum() == pytest.approx(found.unflatten(0, (number, -1))[head].sum().item(), rel=0.01)
+        own = part.owned.to_numpy()
+        assert own.sum() == (owner == head).sum() and abs(own.astype(int)[1:] - own[:-1]).sum() <= 2  # side by side
+        expected = sorted(counts[head].numpy()[owner == head])
+        assert sorted(matrix.diagonal()[own]) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.slow
+def test_what_a_label_loses_is_counted_by_owner(run):
+    owners, drops = division.specialisation(run, 0, "trained").table("owners"), division.ablation(run, 0).table("drops")
+    table = division.silenced({"owners": owners, "drops": drops})
+    native = owners[(owners.basis == "native") & (owners.encoder == ENCODER)].set_index("label").owner
+    for row in table[table.encoder == ENCODER].itertuples():
+        lost = drops[(drops.encoder == ENCODER) & (drops["head"] == row.head)].set_index("label")["drop"]
+        mine = [lost[label] for label in native.index if native[label] == row.owner]
+        assert row.labels == len(mine) and row.drop == pytest.approx(sum(mine) / len(mine))
+
+
+@pytest.mark.slow
 def test_what_silencing_costs_is_counted_image_by_image(run, case):
     stage = division.ablation(run, 0)
     number = case[1]

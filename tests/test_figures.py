@@ -120,6 +120,29 @@ def test_heads_are_drawn_in_nats_points_and_shares():
     assert numbers(answers.divided(division_tables())) == [0.4, 0.1, 0.02, 4, 6]
 
 
+def test_heads_and_owners_are_counted_and_drawn():
+    rows = []
+    for (network, encoder, own, other), head in product(
+        (("trained", 1, 5, 4), ("trained", 2, 9, 1), ("random", 2, 3, 3)), (0, 1)
+    ):
+        matrix = np.full((3, 3), 0.5)
+        np.fill_diagonal(matrix, [own, other, 7] if head == 0 else [other, own, 7])  # the third label has no owner
+        row = {"network": network, "encoder": encoder, "head": head, "owned": [head == 0, head == 1, False]}
+        rows.append(pd.concat([pd.DataFrame(row), pd.DataFrame(matrix)], axis=1))
+    table = pd.concat(rows, ignore_index=True)
+    assert numbers(answers.answering(table)) == [9, 1, 5, 4, 3, 3]
+    axes = figures.head_matrices(table, "toy", "here").axes
+    assert len(axes) == 6 and axes[3].images[0].get_array().diagonal().tolist() == [1, 9, 7]
+    assert "random weights" in axes[4].get_ylabel() and len(axes[3].patches) == 1
+
+    columns = ["seed", "encoder", "head", "owner", "labels", "drop"]
+    cells = [(0, 2, 0, 0, 3, 0.04), (0, 2, 0, 1, 1, 0.0), (0, 2, 1, 0, 3, 0.01), (0, 2, 1, 1, 1, 0.08)]
+    lost = pd.DataFrame(cells, columns=columns)
+    assert numbers(answers.silenced(lost)) == [5, 0.8]
+    image = figures.silenced_heads(lost, "toy").axes[0].images[0]
+    assert image.get_array().tolist() == [[4, 0], [1, 8]]
+
+
 def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     rows = [
         {"seed": 0, "tap": "block", "threshold": at, "method": method, "dilution": at + 0.2}

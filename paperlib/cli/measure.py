@@ -61,6 +61,8 @@ def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
         yield measure.nodes(run, seed, kind)
         if heads:
             yield division.specialisation(run, seed, kind)
+        if heads and kind in networks.NETWORKS and seed == run.settings.seeds[0]:
+            yield division.answered(run, seed, kind)
         if heads and kind == "trained":
             yield division.cooperation(run, seed)
             yield division.ablation(run, seed)

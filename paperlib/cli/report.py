@@ -61,7 +61,7 @@ CAPTIONS = {
         "Random, permuted, magnitude and activation masks of equal dilution in every layer.",
     ),
     "head_matrices": (
-        "04", "C5", "For how many of a head's nodes an image of one label (row) makes another one (column) answer; "
+        "04 07", "C5", "For how many of a head's nodes an image of one label (row) makes another one (column) answer; "
         "labels by owner, own labels framed.", BY_HEADS,
     ),
     "head_map": (
@@ -105,6 +105,10 @@ CAPTIONS = {
     "heads_along_depth": (
         "07", "C5", "Specialisation of heads, what silencing one costs its own labels, and how well it chooses among "
         "them.", "Permuted and rotated nodes, random weights, reassigned owners, as many nodes of all heads.",
+    ),
+    "silenced_heads": (
+        "07", "C5", "Accuracy lost on each owner's labels by silencing each head.",
+        "Off the diagonal: the labels of other heads.",
     ),
     "pruned_readouts": (
         "07", "C4", "Accuracy lost by a readout whose nodes stay connected to the labels that they recognise.",

@@ -89,6 +89,44 @@ def specialisation(run: Run, seed: int, kind: str) -> Stage:
     return run.stage(f"specialisation-{kind}-seed{seed}", config, inputs, make)
 
 
+def answered(run: Run, seed: int, kind: str) -> Stage:
+    """Stage: for how many nodes of each head an input of one label (row) makes another one (column) answer, in the
+    first and last encoder. matrices: encoder -> (H, L, L) int16, of test images."""
+    source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
+    network, inputs = load_network(run, seed, kind)
+
+    def make(folder: Path) -> None:
+        weights, means, found = read.tensors("weights"), source.tensors("means"), {}
+        for place in _ends(network):
+            fields = snp.field_matrices(weights[f"{place.name}/best"], means[place.name])
+            by_head = snp.boolean_matrices(fields, run.settings.threshold).unflatten(0, (place.heads, -1))
+            found[str(place.encoder)] = by_head.sum(dim=1).short()
+        save_arrays(folder / "matrices.npz", found)
+
+    config = run.config("threshold") | {"seed": seed, "kind": kind}
+    inputs |= {"nodes": source.sha256, "readouts": read.sha256}
+    return run.stage(f"head-matrices-{kind}-seed{seed}", config, inputs, make)
+
+
+def head_matrices(run: Run) -> pd.DataFrame:
+    """The matrices of `answered` of the first seed, in the first and last encoder, and in the last one with random
+    weights. Labels, as rows and as columns, are in the order of their owners (by held-out images), each head's by
+    falling count: a row for each network, encoder, head and input label (owned: by this head), a column 0, 1, ... for
+    each output label."""
+    seed, parts = run.settings.seeds[0], []
+    for kind, shown in (("trained", slice(None)), ("random", slice(-1, None))):
+        owners = specialisation(run, seed, kind).table("owners").query("basis == 'native'")
+        found = answered(run, seed, kind).arrays("matrices")
+        for encoder in sorted(map(int, found))[shown]:
+            own = owners[owners.encoder == encoder].sort_values("label")
+            own = own.assign(last=own.owner < 0).sort_values(["last", "owner", "count"], ascending=[True, True, False])
+            order = own.label.tolist()
+            for head, matrix in enumerate(found[str(encoder)][:, order][:, :, order]):
+                row = {"network": kind, "encoder": encoder, "head": head, "owned": (own.owner == head).to_numpy()}
+                parts.append(pd.concat([pd.DataFrame(row), pd.DataFrame(matrix.numpy())], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
 def ablation(run: Run, seed: int) -> Stage:
     """Stage: what silencing each head of the trained network costs the labels that it owns, and the others.
 
@@ -142,6 +180,15 @@ def ablation(run: Run, seed: int) -> Stage:
     return run.stage(f"ablation-seed{seed}", config, inputs, make)
 
 
+def silenced(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """What silencing each head costs the labels of each owner, from `tables`: seed, encoder, head, owner (of native
+    nodes), labels, drop (accuracy lost, mean over these labels)."""
+    owners = found["owners"].query("network == 'trained' and basis == 'native' and owner >= 0")
+    both = found["drops"].merge(owners[["seed", "encoder", "label", "owner"]], on=["seed", "encoder", "label"])
+    means = both.groupby(["seed", "encoder", "head", "owner"])["drop"].agg(["size", "mean"])
+    return means.reset_index().rename(columns={"size": "labels", "mean": "drop"})
+
+
 def cooperation(run: Run, seed: int) -> Stage:
     """Stage: how well sets of a head's nodes recognise the head's own labels, against as many nodes of heads that are
     put together at random and own labels by the same count, and against as many rotated nodes of the head.
@@ -188,6 +235,12 @@ def cooperation(run: Run, seed: int) -> Stage:
 def _places(network: nn.Module) -> list[Tap]:
     """Where the heads of each encoder lie side by side."""
     return taps.places(network, ["attn"])
+
+
+def _ends(network: nn.Module) -> list[Tap]:
+    """The same, of the first and last encoder."""
+    places = _places(network)
+    return [place for place in places if place.encoder in (1, len(places))]
 
 
 def _bases(seed: int, place: Tap, nodes: int) -> Iterator[tuple[str, Tensor | None]]:

@@ -72,7 +72,8 @@ def head_matrices(run: Run, encoders: tuple[int, ...]) -> pd.DataFrame:
         owner, order = heads.assign_labels(counts).owner, heads.labels_by_owner(counts)
         summed = booleans.unflatten(0, (num_heads, -1)).sum(dim=1)[:, order][:, :, order]
         for head, matrix in enumerate(summed):
-            label = {"encoder": encoder, "head": head, "owned": (owner[order] == head).numpy()}
+            label = {"network": "trained", "encoder": encoder, "head": head}
+            label["owned"] = (owner[order] == head).numpy()
             parts.append(pd.concat([pd.DataFrame(label), pd.DataFrame(matrix.numpy())], axis=1))
     return pd.concat(parts, ignore_index=True)
 
