@@ -250,6 +250,32 @@ def measured(taps: pd.DataFrame) -> str:
     )
 
 
+def chosen(table: pd.DataFrame) -> str:
+    """Of typical and extreme nodes of the last encoder, `experiment.single.examples`."""
+    last = table[table.encoder == table.encoder.max()].set_index("which")
+    typical, most = last.loc["typical"], last.loc["most labels"]
+    return (
+        f"The typical node of the last {typical.tap} recognises {_several(typical.labels, 'label')} in "
+        f"{_several(typical.clusters, 'cluster')}, its broadest one {_several(most.labels, 'label')}."
+    )
+
+
+def robust(taps: pd.DataFrame, variants: pd.DataFrame, threshold: float) -> str:
+    """Of all thresholds, and of penalties beside the chosen one: `experiment.measure.tables`, its main threshold."""
+    tap = _ff(taps)
+    own = taps[(taps.tap == tap) & (taps.network == "trained") & (taps.basis == "native") & ~taps.centred]
+    curves = own.groupby(["threshold", "encoder"]).snr.mean().unstack()
+    rises = int((curves.iloc[:, -1] > curves.iloc[:, 0]).sum())
+    at = variants[(variants.network == "trained") & (variants.tap == tap) & (variants.threshold == threshold)]
+    snr = at.pivot_table(index=["seed", "encoder"], columns="variant", values="snr").dropna()
+    last, moved = snr.iloc[-1], (snr.settled / snr.best - 1).abs().max()
+    return (
+        f"SNR of {tap} grows along the encoders at {rises} of {len(curves)} thresholds. In the last one it is "
+        f"{last.best:.1f}; {last.third:.1f} with a third of the penalty, {last.triple:.1f} with three times of it. "
+        f"Solved further, none moves by more than {moved:.1%}."
+    )
+
+
 def probed(table: pd.DataFrame) -> str:
     """Of the first and last tap of a table of `probe.probe`."""
     own, null = (table[table.network == name] for name in ("network", "null"))
@@ -289,13 +315,14 @@ def counted(labels: int, clusters: int, internal: int, external: int, of: int) -
     """Of one node's labels, clusters and noise, of so many labels in all."""
     noise = internal + external
     snr = f"{labels * (of - 1) / noise:.1f}" if noise else "infinite"
-    recognised, number = (
-        f"{value} {name}{'s' * (value != 1)}" for value, name in ((labels, "label"), (clusters, "cluster"))
-    )
     return (
-        f"{recognised} in {number}, noise {internal} inside and {external} outside of them: signal {labels}/{of}, "
-        f"noise {noise}/{of * (of - 1)}, SNR {snr}."
+        f"{_several(labels, 'label')} in {_several(clusters, 'cluster')}, noise {internal} inside and {external} "
+        f"outside of them: signal {labels}/{of}, noise {noise}/{of * (of - 1)}, SNR {snr}."
     )
+
+
+def _several(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
 
 
 def versions(table: pd.DataFrame) -> str:

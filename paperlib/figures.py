@@ -263,7 +263,7 @@ def node_gallery(
         axis.set_ylabel(row if column == columns[0] else "")
     bar = figure.colorbar(image, ax=axes, shrink=0.5, extend="min")
     bar.ax.set_title("field /\nmaximum", fontsize=8)
-    return _stamped(figure, f"{data}; rows: input labels, columns: output labels", data)
+    return _stamped(figure, f"{data}, {place}; rows: input labels, columns: output labels", data)
 
 
 def by_cluster(clusters: list[list[int]], labels: int) -> list[int]:

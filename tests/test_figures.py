@@ -143,6 +143,37 @@ def test_heads_and_owners_are_counted_and_drawn():
     assert image.get_array().tolist() == [[4, 0], [1, 8]]
 
 
+def test_thresholds_and_penalties_are_summed_up():
+    taps = [
+        {
+            "network": "trained",
+            "tap": "ff1",
+            "basis": "native",
+            "centred": False,
+            "threshold": at,
+            "encoder": encoder,
+            "snr": snr,
+        }
+        for at, (first, last) in {0.1: (3, 2), 0.3: (2, 4)}.items()
+        for encoder, snr in ((1, first), (2, last))
+    ]
+    variants = [
+        {
+            "seed": 0,
+            "network": "trained",
+            "tap": "ff1",
+            "threshold": 0.3,
+            "encoder": encoder,
+            "variant": name,
+            "snr": snr,
+        }
+        for encoder in (1, 2)
+        for name, snr in {"best": 4, "third": 3.5, "triple": 4.5, "settled": 4 + 0.02 * encoder}.items()
+    ]
+    said = answers.robust(pd.DataFrame(taps), pd.DataFrame(variants), 0.3)
+    assert numbers(said) == [1, 2, 4, 3.5, 4.5, 1]
+
+
 def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     rows = [
         {"seed": 0, "tap": "block", "threshold": at, "method": method, "dilution": at + 0.2}

@@ -7,7 +7,7 @@ import torch
 
 from paperlib import optimum, snp, taps
 from paperlib.data import balanced
-from paperlib.experiment import measure, networks, readings, settings
+from paperlib.experiment import measure, networks, readings, settings, single
 
 CUT = {"epochs": 1, "max_steps": 20, "precision": "fp32", "seeds": [0, 1], "limit": 1200}
 CUT |= {"model": "cct_2_3x2", "threshold_sweep": [0.3, 0.4]}
@@ -47,6 +47,23 @@ def test_tables_say_what_loops_say(run):
     whole = table.query(where)
     assert own[:, 0].mean().item() == pytest.approx(whole.labels_per_node.item())
     assert (own[:, 5].sum() / own[:, 6].sum()).item() == pytest.approx(whole.mutual.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_single_nodes_are_those_of_their_matrices(run, monkeypatch):
+    stage, source = single.examples(run, 1), measure.nodes(run, 1, "trained")
+    weight, means = measure.readouts(run, 1, "trained").tensors("weights")["2.ff1/best"], source.tensors("means")
+    fields = snp.field_matrices(weight, means["2.ff1"])
+    booleans, kept = snp.boolean_matrices(fields, THRESHOLD), stage.arrays("matrices")
+    monkeypatch.setattr(single, "NETWORKS", ("trained",))
+    every = single.spread(replace(run, settings=run.settings.model_copy(update={"seeds": [1]})), "ff1")
+    assert len(every) == 2 * len(fields) and (every.labels <= len(run.images.classes)).all()
+    last = every[every.encoder == 2].set_index("node")
+    assert last.labels.tolist() == booleans.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
+    for row in stage.table("examples").query("encoder == 2").itertuples():
+        assert torch.equal(kept[f"2/{row.which}/boolean"], booleans[row.node])
+        assert torch.equal(kept[f"2/{row.which}"], fields[row.node].half())
+        assert last.loc[row.node, [*single.COUNTS]].tolist() == [getattr(row, column) for column in single.COUNTS]
 
 
 @pytest.mark.slow

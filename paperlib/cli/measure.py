@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from paperlib import limit
 from paperlib.cli import add_changes, add_limit
-from paperlib.experiment import division, late, measure, networks, readings, sets, settings
+from paperlib.experiment import division, late, measure, networks, readings, sets, settings, single
 from paperlib.experiment.store import Run, Stage
 
 KINDS = ("trained", "random", "shuffled", "pruned", "sets", "late")
@@ -61,7 +61,10 @@ def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
         yield measure.nodes(run, seed, kind)
         if heads:
             yield division.specialisation(run, seed, kind)
-        if heads and kind in networks.NETWORKS and seed == run.settings.seeds[0]:
+        first = seed == run.settings.seeds[0]
+        if first and kind == "trained":
+            yield single.examples(run, seed)
+        if first and heads and kind in networks.NETWORKS:
             yield division.answered(run, seed, kind)
         if heads and kind == "trained":
             yield division.cooperation(run, seed)

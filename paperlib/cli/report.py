@@ -36,10 +36,10 @@ CAPTIONS = {
         "randomly reassigned labels, first seed. Dotted: 1, exchangeable labels.",
     ),
     "threshold_sweep": (
-        "02", "C3", "SNR of the encoders' output for several thresholds.", "Dashed: random weights.",
+        "02 07", "C3", "SNR of the encoders' output for several thresholds.", "Dashed: random weights.",
     ),
     "node_distributions": (
-        "02", "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
+        "02 07", "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
         "The random network beside the trained one.",
     ),
     "penalties": (
@@ -49,7 +49,8 @@ CAPTIONS = {
     ),
     "node": ("02", "C2", "Field and Boolean matrix of a typical node of the last encoder; clusters framed.", NO_NULL),
     "node_gallery": (
-        "02", "C2", "Typical and extreme nodes of three encoders, labels ordered by cluster, clusters framed.", NO_NULL,
+        "02 07", "C2",
+        "Typical and extreme nodes of three encoders, labels ordered by cluster, clusters framed.", NO_NULL,
     ),
     "predicted_accuracies": (
         "02", "C6", "Accuracy of random sets of nodes: predicted from single nodes against measured.",

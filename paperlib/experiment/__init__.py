@@ -14,6 +14,7 @@ from paperlib.experiment import nodes as nodes
 from paperlib.experiment import pruning as pruning
 from paperlib.experiment import readings as readings
 from paperlib.experiment import sets as sets
+from paperlib.experiment import single as single
 from paperlib.experiment.settings import card as card
 from paperlib.experiment.settings import open_run as open_run
 from paperlib.experiment.settings import results as results

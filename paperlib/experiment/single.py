@@ -1,0 +1,72 @@
+"""Single nodes of a walk: how labels, clusters and noise are spread over them, and what typical and extreme ones
+recognise (claim C2). Nodes are measured by `measure`; their matrices are too large to keep, but for a few."""
+
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from paperlib import figures, snp, taps
+from paperlib.experiment import measure
+from paperlib.experiment.networks import NETWORKS, load_network
+from paperlib.experiment.store import Run, Stage
+from paperlib.files import save_arrays, save_table
+
+COUNTS = ("labels", "clusters", "internal", "external")
+
+
+def spread(run: Run, tap: str) -> pd.DataFrame:
+    """Every node of one kind of tap at the main threshold, raw, of trained and random networks: seed, network, encoder,
+    tap, node, and `COUNTS` as in `snp.NodeStatistics`."""
+    parts = []
+    for seed, kind in itertools.product(run.settings.seeds, NETWORKS):
+        for key, columns in measure.nodes(run, seed, kind).arrays("nodes").items():
+            (encoder, name), (centred, threshold) = key.split("/")[0].split("."), key.split("/")[1:]
+            if name == tap and centred == "raw" and float(threshold) == run.settings.threshold:
+                row = {"seed": seed, "network": kind, "encoder": int(encoder), "tap": tap, "node": range(len(columns))}
+                counts = {column: columns[:, measure.NODE_COLUMNS.index(column)].int().numpy() for column in COUNTS}
+                parts.append(pd.DataFrame(row | counts))
+    return pd.concat(parts, ignore_index=True)
+
+
+def examples(run: Run, seed: int) -> Stage:
+    """Stage: typical and extreme FF nodes, or a CNN's filters, of the first, middle and last encoder, trained network.
+
+    examples.csv: encoder, tap, which (`snp.chosen_nodes`), node, `snp.NodeStatistics`. matrices: encoder/which -> field
+    matrix (L, L) of test images in half precision, and Boolean matrix, encoder/which/boolean.
+    """
+    source, read = measure.nodes(run, seed, "trained"), measure.readouts(run, seed, "trained")
+    network, inputs = load_network(run, seed, "trained")
+
+    def make(folder: Path) -> None:
+        weights, means, kept, rows = read.tensors("weights"), source.tensors("means"), {}, []
+        for place in taps.places_first_middle_last(network, ["ff1"]):
+            fields = snp.field_matrices(weights[f"{place.name}/best"], means[place.name])
+            booleans = snp.boolean_matrices(fields, run.settings.threshold)
+            every = snp.node_statistics(booleans)
+            for which, node in snp.chosen_nodes(every).items():
+                name, row = f"{place.encoder}/{which}", {"encoder": place.encoder, "tap": place.kind, "which": which}
+                kept |= {name: fields[node].half(), f"{name}/boolean": booleans[node]}
+                counts = {column: int(values[node]) for column, values in asdict(every).items()}
+                rows.append(row | {"node": node} | counts)
+        save_arrays(folder / "matrices.npz", kept)
+        save_table(folder / "examples.csv", rows)
+
+    config = run.config("threshold") | {"seed": seed}
+    inputs |= {"nodes": source.sha256, "readouts": read.sha256}
+    return run.stage(f"example-nodes-seed{seed}", config, inputs, make)
+
+
+def gallery(run: Run) -> tuple[Figure, pd.DataFrame]:
+    """A figure of the nodes of `examples`, first seed, and which they are."""
+    seed = run.settings.seeds[0]
+    found = examples(run, seed)
+    table, matrices, panels = found.table("examples"), found.arrays("matrices"), {}
+    for row in table.itertuples():
+        name = f"{row.encoder}/{row.which}"
+        clusters = snp.label_clusters(matrices[f"{name}/boolean"])
+        panels[f"encoder {row.encoder}", row.which] = matrices[name].float(), clusters
+    place = f"nodes of {table.tap.iloc[0]}, seed {seed}"
+    return figures.node_gallery(panels, run.images.classes, run.images.name, place), table
