@@ -260,6 +260,22 @@ def chosen(table: pd.DataFrame) -> str:
     )
 
 
+def clustered(top: pd.DataFrame, shares: pd.DataFrame) -> str:
+    """Of labels that share clusters, `experiment.single.closest` and `of_one_group`."""
+    if not len(top):
+        return "No two labels share a cluster."
+    first = top.iloc[0]
+    said = f"Most often together: {first.label} and {first.other}, in clusters of {_several(first.nodes, 'node')}."
+    if len(shares):
+        means = shares.groupby("network")[["share", "permuted_high"]].mean()
+        own, random = means.loc["trained"], means.loc["random"]
+        said += (
+            f" {own.share:.1%} of pairs are of one group of labels, with random weights {random.share:.1%}; with "
+            f"permuted names at most {own.permuted_high:.1%} (97.5 %)."
+        )
+    return said
+
+
 def robust(taps: pd.DataFrame, variants: pd.DataFrame, threshold: float) -> str:
     """Of all thresholds, and of penalties beside the chosen one: `experiment.measure.tables`, its main threshold."""
     tap = _ff(taps)
@@ -322,7 +338,7 @@ def counted(labels: int, clusters: int, internal: int, external: int, of: int) -
 
 
 def _several(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def versions(table: pd.DataFrame) -> str:

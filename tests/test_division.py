@@ -1,5 +1,8 @@
 """The stages of heads and of sets of nodes say what loops over images and nodes say."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 import torch
 
@@ -80,6 +83,19 @@ def test_matrices_of_heads_count_nodes_and_follow_owners(run, case):
         assert own.sum() == (owner == head).sum() and abs(own.astype(int)[1:] - own[:-1]).sum() <= 2  # side by side
         expected = sorted(counts[head].numpy()[owner == head])
         assert sorted(matrix.diagonal()[own]) == pytest.approx(expected, abs=1)
+
+
+def test_seeds_that_divide_alike_agree_whatever_heads_are_called():
+    rows = [
+        {"seed": seed, "network": "trained", "basis": "native", "encoder": 1, "label": label, "owner": owner}
+        for label in range(20)
+        for seed, owner in ((0, label % 4), (1, (label + 1) % 4), (2, label // 5))
+    ]
+    run = SimpleNamespace(settings=SimpleNamespace(permutations=200))
+    table = division.stability(run, pd.DataFrame(rows)).set_index("seeds")
+    assert table.overlap["0-1"] == 1 and table.overlap["0-2"] == pytest.approx(0.4)  # 2 of 5 labels of each head
+    assert (table.chance < table.chance_high).all() and (table.chance < 0.6).all()
+    assert not len(division.stability(run, pd.DataFrame(rows).query("seed == 0")))
 
 
 @pytest.mark.slow

@@ -174,6 +174,15 @@ def test_thresholds_and_penalties_are_summed_up():
     assert numbers(said) == [1, 2, 4, 3.5, 4.5, 1]
 
 
+def test_clusters_are_told_against_names_and_random_weights():
+    top = pd.DataFrame([{"label": "oak", "other": "palm", "nodes": 7}])
+    rows = [(0, "trained", 0.2, 0.05), (1, "trained", 0.3, 0.07), (0, "random", 0.1, 0.05), (1, "random", 0.1, 0.05)]
+    shares = pd.DataFrame(rows, columns=["seed", "network", "share", "permuted_high"])
+    assert numbers(answers.clustered(top, shares)) == [7, 25, 10, 6, 97.5]
+    assert numbers(answers.clustered(top, shares[:0])) == [7]
+    assert not numbers(answers.clustered(top[:0], shares))
+
+
 def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():
     rows = [
         {"seed": 0, "tap": "block", "threshold": at, "method": method, "dilution": at + 0.2}

@@ -1,5 +1,6 @@
 """The stage that measures nodes: its tables say what loops over images say; an interruption changes nothing."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,31 @@ def test_single_nodes_are_those_of_their_matrices(run, monkeypatch):
         assert torch.equal(kept[f"2/{row.which}/boolean"], booleans[row.node])
         assert torch.equal(kept[f"2/{row.which}"], fields[row.node].half())
         assert last.loc[row.node, [*single.COUNTS]].tolist() == [getattr(row, column) for column in single.COUNTS]
+
+
+@pytest.mark.slow
+def test_pairs_of_the_last_encoder_are_counted_node_by_node(run, monkeypatch):
+    weight = measure.readouts(run, 1, "trained").tensors("weights")["2.ff1/best"]
+    means = measure.nodes(run, 1, "trained").tensors("means")["2.ff1"]
+    found = torch.zeros(100, 100, dtype=torch.long)
+    for boolean in snp.boolean_matrices(snp.field_matrices(weight, means), THRESHOLD):
+        for cluster in snp.label_clusters(boolean):
+            for one, other in itertools.permutations(cluster, 2):
+                found[one, other] += 1
+    assert torch.equal(single.pairs(run, 1, "trained").arrays("pairs")["nodes"], found)
+    only = replace(run, settings=run.settings.model_copy(update={"seeds": [1]}))
+    top, classes = single.closest(only), run.images.classes
+    assert top.nodes.tolist() == found.triu().flatten().sort(descending=True).values[:10].tolist()
+    for row in top.itertuples():
+        assert found[classes.index(row.label), classes.index(row.other)] == row.nodes
+    assert not len(single.of_one_group(only)) and "same_group" not in top  # glyphs have no groups
+
+    groups = torch.arange(100) // 5
+    monkeypatch.setattr(single, "superclasses", lambda classes: groups)
+    monkeypatch.setattr(single, "NETWORKS", ("trained",))
+    share = single.of_one_group(only).iloc[0]
+    assert share.share == pytest.approx(found[groups[:, None] == groups].sum().item() / found.sum().item())
+    assert 0 < share.permuted < share.permuted_high < 0.2  # 4 of 99 others
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The real data sets, where PAPERLIB_DATA has them: splits, balance and the published channel statistics."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from paperlib import data
+from paperlib.data.superclasses import superclasses
 
 ROOT = Path(os.environ.get("PAPERLIB_DATA", "data")).resolve()
 
@@ -35,3 +37,12 @@ def test_flowers102_has_the_official_splits(tmp_path):
     dealt = data.load("flowers102-resplit", tmp_path, 64)
     assert (len(dealt.x_train), len(dealt.x_test)) == (6552, 819)  # 818 validation images are left out
     assert dealt.y_train.unique().tolist() == dealt.y_test.unique().tolist() == list(range(102))
+
+
+@pytest.mark.skipif(not (ROOT / "clinc150" / "domains.json").exists(), reason="no domains of CLINC150 at hand")
+def test_domains_of_clinc150_are_the_published_ones():
+    domains = json.loads((ROOT / "clinc150" / "domains.json").read_text())
+    classes = tuple(sorted(name for names in domains.values() for name in names))
+    group = dict(zip(classes, superclasses(classes).tolist(), strict=True))
+    assert [len({group[name] for name in names}) for names in domains.values()] == [1] * 10
+    assert len(set(group.values())) == 10

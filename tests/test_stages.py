@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paperlib import andc, data, experiment, figures, heads, macroscopic, readouts, snp
-from paperlib.data.superclasses import SUPERCLASSES, superclasses
+from paperlib.data.superclasses import DOMAINS, SUPERCLASSES, superclasses
 from paperlib.experiment import settings
 from paperlib.taps import AFTER_CCT, CCT_TAPS, Tap, activations, cct_taps
 
@@ -433,7 +433,9 @@ def test_other_numbers_of_heads_are_walked_too(folders):
     assert experiment.heads.more_heads(settings.open_run("quick", few | {"many_heads": []})).empty
 
 
-def test_superclasses_are_twenty_of_five():
+def test_superclasses_are_twenty_of_five_and_domains_ten_of_fifteen():
+    names = tuple(sorted(DOMAINS.replace("|", " ").split()))
+    assert len(names) == len(set(names)) == 150 and superclasses(names).bincount().tolist() == [15] * 10
     names = tuple(sorted(SUPERCLASSES.replace("|", " ").split()))
     found = superclasses(names)
     assert len(names) == len(set(names)) == 100 and found.bincount().tolist() == [5] * 20

@@ -61,6 +61,8 @@ def _stages(run: Run, seed: int, kind: str, heads: bool) -> Iterator[Stage]:
         yield measure.nodes(run, seed, kind)
         if heads:
             yield division.specialisation(run, seed, kind)
+        if kind in networks.NETWORKS:
+            yield single.pairs(run, seed, kind)
         first = seed == run.settings.seeds[0]
         if first and kind == "trained":
             yield single.examples(run, seed)

@@ -5,6 +5,7 @@ Which head owns a label is counted on held-out images; everything is scored on t
 of ten folds. Rotated nodes, within heads, are the null of single ones: what they do as well, the head does.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from paperlib.experiment import measure
 from paperlib.experiment.networks import load_network
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_arrays, save_table
+from paperlib.statistics import interval
 from paperlib.taps import Tap
 
 WHOLE = -1  # the fold of what is scored on all test images
@@ -187,6 +189,22 @@ def silenced(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     both = found["drops"].merge(owners[["seed", "encoder", "label", "owner"]], on=["seed", "encoder", "label"])
     means = both.groupby(["seed", "encoder", "head", "owner"])["drop"].agg(["size", "mean"])
     return means.reset_index().rename(columns={"size": "labels", "mean": "drop"})
+
+
+def stability(run: Run, owners: pd.DataFrame) -> pd.DataFrame:
+    """Do other seeds divide the labels alike? From the table of owners, one row for each encoder and pair of seeds: the
+    share of labels that the best matching of heads gives to the same head, and its mean and 97.5 % quantile over
+    randomly reassigned labels; none for one seed."""
+    rows, native = [], owners.query("network == 'trained' and basis == 'native'")
+    for encoder, part in native.groupby("encoder"):
+        by_seed = part.pivot(index="seed", columns="label", values="owner")
+        for first, second in itertools.combinations(by_seed.index, 2):
+            pair = (torch.tensor(by_seed.loc[seed].to_numpy()) for seed in (first, second))
+            generator = training.generator(int(first), "matched heads", int(second), encoder)
+            overlap, dealt = heads.matched_overlap(*pair, run.settings.permutations, generator)
+            row = {"encoder": encoder, "seeds": f"{first}-{second}", "overlap": overlap}
+            rows.append(row | {"chance": dealt.mean().item(), "chance_high": interval(dealt)[1]})
+    return pd.DataFrame(rows, columns=["encoder", "seeds", "overlap", "chance", "chance_high"])
 
 
 def cooperation(run: Run, seed: int) -> Stage:

@@ -6,13 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
-from paperlib import figures, snp, taps
+from paperlib import figures, snp, taps, training
+from paperlib.data.superclasses import superclasses
 from paperlib.experiment import measure
 from paperlib.experiment.networks import NETWORKS, load_network
 from paperlib.experiment.store import Run, Stage
 from paperlib.files import save_arrays, save_table
+from paperlib.statistics import interval
 
 COUNTS = ("labels", "clusters", "internal", "external")
 
@@ -57,6 +60,53 @@ def examples(run: Run, seed: int) -> Stage:
     config = run.config("threshold") | {"seed": seed}
     inputs |= {"nodes": source.sha256, "readouts": read.sha256}
     return run.stage(f"example-nodes-seed{seed}", config, inputs, make)
+
+
+def pairs(run: Run, seed: int, kind: str) -> Stage:
+    """Stage: which labels share clusters of FF nodes, or a CNN's filters, of the last encoder. pairs: nodes -> (L, L)
+    int64, how many nodes hold both labels in one cluster."""
+    source, read = measure.nodes(run, seed, kind), measure.readouts(run, seed, kind)
+    network, inputs = load_network(run, seed, kind)
+
+    def make(folder: Path) -> None:
+        place = taps.places(network, ["ff1"])[-1]
+        fields = snp.field_matrices(read.tensors("weights")[f"{place.name}/best"], source.tensors("means")[place.name])
+        booleans = snp.boolean_matrices(fields, run.settings.threshold)
+        save_arrays(folder / "pairs.npz", {"nodes": snp.clustered_pairs(booleans)})
+
+    config = run.config("threshold") | {"seed": seed, "kind": kind}
+    inputs |= {"nodes": source.sha256, "readouts": read.sha256}
+    return run.stage(f"cluster-pairs-{kind}-seed{seed}", config, inputs, make)
+
+
+def closest(run: Run) -> pd.DataFrame:
+    """The ten pairs of labels that share most clusters in the last encoder, first seed: label, other, nodes, and where
+    labels have groups (superclasses, or domains) same_group."""
+    classes, groups = run.images.classes, superclasses(run.images.classes)
+    found = pairs(run, run.settings.seeds[0], "trained").arrays("pairs")["nodes"].triu()
+    most, place = found.flatten().sort(descending=True, stable=True)
+    rows = []
+    for nodes, (one, other) in zip(
+        most[:10].tolist(), (divmod(at, len(classes)) for at in place.tolist()), strict=False
+    ):
+        same = {} if groups is None else {"same_group": bool(groups[one] == groups[other])}
+        rows += [{"label": classes[one], "other": classes[other], "nodes": nodes} | same] if nodes else []
+    return pd.DataFrame(rows)
+
+
+def of_one_group(run: Run) -> pd.DataFrame:
+    """Do the labels of one cluster belong together? For each seed, trained and random network, the share of clustered
+    pairs in the last encoder whose labels are of one group (superclass, or domain), 0..1, and its mean and 97.5 %
+    quantile over permuted names; no row where labels have no groups."""
+    groups, rows = superclasses(run.images.classes), []
+    for kind, seed in itertools.product(NETWORKS, run.settings.seeds) if groups is not None else ():
+        found = pairs(run, seed, kind).arrays("pairs")["nodes"]
+        generator = training.generator(seed, "permuted names", kind)
+        orders = (torch.randperm(len(groups), generator=generator) for _ in range(run.settings.permutations))
+        permuted = [snp.share_within(found, groups[order]) for order in orders]
+        row = {"seed": seed, "network": kind, "share": snp.share_within(found, groups)}
+        rows.append(row | {"permuted": sum(permuted) / len(permuted), "permuted_high": interval(permuted)[1]})
+    return pd.DataFrame(rows)
 
 
 def gallery(run: Run) -> tuple[Figure, pd.DataFrame]:
