@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
@@ -673,6 +674,30 @@ def silenced_heads(table: pd.DataFrame, data: str) -> Figure:
         axis.set(xticks=range(part.shape[1]), xticklabels=part.columns, yticks=range(len(part)), yticklabels=part.index)
     figure.colorbar(image, ax=axes, label="accuracy lost (points)")
     return _stamped(figure, data, data, table)
+
+
+@in_style(PLAIN)
+def kept_connections(sets: dict[str, Tensor], classes: tuple[str, ...], data: str, shown: int = 14) -> Figure:
+    """What ANDC keeps of a readout: nodes, name -> (L,) bool, the labels that each recognises, and some labels, those
+    of most nodes first; a coloured line for a connection that stays, a grey one for one that is removed."""
+    recognised = torch.stack([*sets.values()])
+    labels = recognised.sum(dim=0).sort(descending=True, stable=True).indices[:shown].tolist()
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    heights = np.linspace(len(labels) - 1.5, 0.5, len(sets)) if len(sets) > 1 else [(len(labels) - 1) / 2]
+    for (name, own), height, colour in zip(sets.items(), heights, itertools.cycle(COLOURS), strict=False):
+        for place, label in enumerate(reversed(labels)):
+            stays = bool(own[label])
+            style = {"color": colour, "lw": 1.6, "zorder": 2} if stays else {"color": "0.85", "lw": 0.7, "zorder": 1}
+            axis.plot([0, 1], [height, place], **style)
+        axis.plot(0, height, "o", ms=9, color=colour, zorder=3)
+        text = f"{name}:\n{int(own.sum())} of {len(own)} connections stay"
+        axis.text(-0.05, height, text, ha="right", va="center", fontsize=8)
+    for place, label in enumerate(reversed(labels)):
+        axis.plot(1, place, "s", ms=5, color="black", zorder=3)
+        axis.text(1.04, place, plain(classes[label], 24), va="center", fontsize=8)
+    axis.set(xlim=(-0.75, 1.6))
+    axis.axis("off")
+    return _stamped(figure, f"{data}: nodes and {len(labels)} of {len(classes)} labels", data)
 
 
 @in_style(STYLE)

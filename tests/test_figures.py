@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from paperlib import answers, figures
 
@@ -181,6 +182,18 @@ def test_clusters_are_told_against_names_and_random_weights():
     assert numbers(answers.clustered(top, shares)) == [7, 25, 10, 6, 97.5]
     assert numbers(answers.clustered(top, shares[:0])) == [7]
     assert not numbers(answers.clustered(top[:0], shares))
+
+
+def test_connections_that_stay_are_those_of_recognised_labels():
+    sets = {"node 3": torch.tensor([True, False, True]), "node 5": torch.tensor([False, False, True])}
+    (axis,) = figures.kept_connections(sets, ("oak", "ray", "sea"), "toy").axes
+    lines = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    kept = [line for line in lines if line.get_color() != "0.85"]
+    texts = {text.get_position()[1]: text.get_text() for text in axis.texts if text.get_position()[0] > 1}
+    assert len(lines) == 6 and [texts[line.get_ydata()[1]] for line in kept] == ["oak", "sea", "sea"]
+    assert [text.get_text() for text in axis.texts if "stay" in text.get_text()] == [
+        "node 3:\n2 of 3 connections stay", "node 5:\n1 of 3 connections stay",
+    ]  # fmt: skip
 
 
 def test_pruned_readouts_are_drawn_solved_anew_and_right_after_pruning():

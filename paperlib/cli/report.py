@@ -23,6 +23,7 @@ EMBEDDED_BYTES = 300_000  # a larger table is named, not embedded
 # Figures of the first seed only
 FIRST_SEED = {
     "penalties", "node", "node_gallery", "head_map", "head_matrices", "attention_maps", "node_versions", "turned_nodes",
+    "kept_connections",
 }  # fmt: skip
 NO_NULL = "none, this shows what is counted; see node_distributions."
 BY_HEADS = "none in this picture; see head_specialisation."
@@ -110,6 +111,10 @@ CAPTIONS = {
     "silenced_heads": (
         "07", "C5", "Accuracy lost on each owner's labels by silencing each head.",
         "Off the diagonal: the labels of other heads.",
+    ),
+    "kept_connections": (
+        "07", "C4", "What ANDC keeps of a readout: a node's connections to the labels that it recognises.",
+        "Grey: what it removes.",
     ),
     "pruned_readouts": (
         "07", "C4", "Accuracy lost by a readout whose nodes stay connected to the labels that they recognise.",

@@ -120,3 +120,14 @@ def gallery(run: Run) -> tuple[Figure, pd.DataFrame]:
         panels[f"encoder {row.encoder}", row.which] = matrices[name].float(), clusters
     place = f"nodes of {table.tap.iloc[0]}, seed {seed}"
     return figures.node_gallery(panels, run.images.classes, run.images.name, place), table
+
+
+def connections(run: Run) -> tuple[Figure, pd.DataFrame]:
+    """A figure of what ANDC would keep of the last encoder's nodes in `examples`, first seed, and the labels that each
+    recognises: node, label."""
+    found, classes = examples(run, run.settings.seeds[0]), run.images.classes
+    table, matrices = found.table("examples"), found.arrays("matrices")
+    last = table[table.encoder == table.encoder.max()]
+    sets = {f"node {row.node}": matrices[f"{row.encoder}/{row.which}/boolean"].diagonal() for row in last.itertuples()}
+    kept = [{"node": name, "label": classes[at]} for name, own in sets.items() for at in own.nonzero().flatten()]
+    return figures.kept_connections(sets, classes, run.images.name), pd.DataFrame(kept)
