@@ -180,11 +180,16 @@ def _points(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"
 
 
+def _unsigned(value: float) -> str:
+    """The same with two decimals."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def _division(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     whole = table[table.fold == -1]
     last = whole[whole.encoder == whole.encoder.max()]
     excess = last.groupby([last.network, last.basis.str.startswith("rotated")]).excess.mean()
-    heads = f"rotated {excess['trained', True]:.2f}, random weights {excess['random', False]:.2f}"
+    heads = f"rotated {excess['trained', True]:.2f}, random weights {_unsigned(excess['random', False])}"
     alike = excess["trained", True] > 0.8 * excess["trained", False]
     words = "as much by rotated nodes" if alike else "by single nodes more than by rotated ones"
     return words, f"specialisation {excess['trained', False]:.2f} nats; {heads}"
@@ -286,9 +291,9 @@ def robust(taps: pd.DataFrame, variants: pd.DataFrame, threshold: float) -> str:
     snr = at.pivot_table(index=["seed", "encoder"], columns="variant", values="snr").dropna()
     last, moved = snr.iloc[-1], (snr.settled / snr.best - 1).abs().max()
     return (
-        f"SNR of {tap} grows along the encoders at {rises} of {len(curves)} thresholds. In the last one it is "
-        f"{last.best:.1f}; {last.third:.1f} with a third of the penalty, {last.triple:.1f} with three times of it. "
-        f"Solved further, none moves by more than {moved:.1%}."
+        f"SNR of {tap} grows along the encoders at {rises} of {len(curves)} thresholds. That of the first seed ends at "
+        f"{last.best:.1f}; at {last.third:.1f} with a third of the penalty, {last.triple:.1f} with three times of it; "
+        f"and moves by at most {moved:.1%} if readouts are solved further."
     )
 
 

@@ -51,7 +51,8 @@ def verdict(
 
 
 def of_claim(rows: list[dict]) -> str:
-    """The verdict of a claim from those of its rows, but for rows that are stated beside them."""
+    """The verdict of a claim from those of its rows, but for rows that are stated beside them. One or two rows that are
+    not supported are named, more are counted."""
     rows = [row for row in rows if not row["beside"]]
     words = [row["verdict"] for row in rows]
     met = [word == "supported" or "(rule met" in word for word in words]
@@ -64,6 +65,8 @@ def of_claim(rows: list[dict]) -> str:
         return words[0]
     if not any(met):
         return "not supported"
+    if len(met) - sum(met) > 2:
+        return f"supported in part ({sum(met)} of {len(met)} rows)"
     parts = []
     for said, start in (("not", "not supported"), ("not tested", "not tested")):
         names = [re.split(r",| \(", row["statistic"])[0] for row in rows if row["verdict"].startswith(start)]

@@ -13,6 +13,7 @@ from paperlib.notebooks import TEXT
 
 MADE = "made by python -m paperlib publish"
 HEADLINE = (f"<!-- in short, {{}}: {MADE} -->", "<!-- end of in short -->")
+BRIEF = (f"<!-- in brief, {{}}: {MADE} -->", "<!-- end of in brief -->")
 ANSWERS = (f"<!-- answers of {{}}: {MADE} -->", "<!-- end of answers -->")
 MARKS = (f"<!-- verdicts of {{}}: {MADE} -->", "<!-- end of verdicts -->")
 REFERENCES = (f"<!-- reference networks: {MADE} -->", "<!-- end of networks -->")
@@ -28,6 +29,16 @@ def headline(found: dict[str, Answer], summary: dict) -> str:
     n, data = len(summary["seeds"]), summary["data"]["name"]
     networks, rest = "network" if n == 1 else "networks", f": {'; '.join(others)}" if others else ""
     return f"**{len(held)} of {len(found)} claims hold by our rules, {n} {networks}, {data}{rest}.**"
+
+
+def brief(found: dict[str, Answer], summary: dict) -> str:
+    """Which claims come to which verdict, in one line: for results beside those of the headline."""
+    by_verdict: dict[str, list[str]] = {}
+    for claim, answer in found.items():
+        if answer.verdict != NOT_YET:
+            by_verdict.setdefault(answer.verdict.partition(" (")[0], []).append(claim)
+    said = "; ".join(f"{', '.join(names)} {verdict}" for verdict, names in by_verdict.items())
+    return f"**{summary['data']['name']}, n = {len(summary['seeds'])}: {said}.**"
 
 
 def answer_table(found: dict[str, Answer], data: str = "") -> str:
@@ -113,6 +124,7 @@ def with_results(page: str, folder: Path, to_root: str = "") -> str:
 
     blocks: dict[str, tuple[str, Callable[[], str]]] = {
         HEADLINE[0].format(profile): (HEADLINE[1], lambda: headline(answers(folder), summary)),
+        BRIEF[0].format(profile): (BRIEF[1], lambda: brief(answers(folder), summary)),
         ANSWERS[0].format(profile): (ANSWERS[1], lambda: answer_table(answers(folder), summary["data"]["name"])),
         MARKS[0].format(profile): (MARKS[1], lambda: verdict_table(summary)),
         REFERENCES[0]: (REFERENCES[1], network_table),

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from paperlib import experiment, files, notebooks, pages, paths
+from paperlib import answers, experiment, files, notebooks, pages, paths
 from paperlib.cli import check, main, publish
 from paperlib.experiment import settings
 
@@ -266,6 +266,13 @@ def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing(tmp_pat
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = pages.with_results("\n".join(itertools.chain(*marks)), tmp_path)
     assert "**Supported.**" in page and "**Not measured yet.**" in page
+
+
+def test_claims_of_one_verdict_are_named_together():
+    verdicts = ["supported in part (9 of 14 rows)", "supported", "supported in part (not: row)", answers.NOT_YET]
+    found = {f"C{number}": answers.Answer(verdict) for number, verdict in enumerate(verdicts, start=2)}
+    said = pages.brief(found, {"seeds": [0, 1, 2], "data": {"name": "clinc150"}})
+    assert [part.split(" supported")[0] for part in said.partition(": ")[2].split("; ")] == ["C2, C4", "C3"]
 
 
 def test_storing_some_notebooks_keeps_the_stages_of_the_others(project):

@@ -151,6 +151,8 @@ def test_a_claim_is_supported_in_part_where_some_rows_are():
     assert claims.of_claim(rows("supported", "not tested (no dilution)")) == "supported in part (not tested: row 1)"
     three = claims.of_claim(rows("supported", "not supported", "not tested (why)"))
     assert three == "supported in part (not: row 1, not tested: row 2)"
+    many = claims.of_claim(rows("supported", *["not supported"] * 2, "not tested (why)", "supported"))
+    assert many == "supported in part (2 of 5 rows)"
     assert claims.of_claim(rows("not supported", "not tested (why)")) == "not supported"
     assert claims.of_claim(rows("not tested (n = 1; rule met so far)", "not tested (why)")) == "not tested"
     demonstrated = rows("demonstration (rule met, n = 1)", "demonstration (rule not met, n = 1)", "not tested (why)")
