@@ -16,6 +16,7 @@ HEADLINE = (f"<!-- in short, {{}}: {MADE} -->", "<!-- end of in short -->")
 BRIEF = (f"<!-- in brief, {{}}: {MADE} -->", "<!-- end of in brief -->")
 ANSWERS = (f"<!-- answers of {{}}: {MADE} -->", "<!-- end of answers -->")
 MARKS = (f"<!-- verdicts of {{}}: {MADE} -->", "<!-- end of verdicts -->")
+SAID = (f"<!-- said of {{}}: {MADE} -->", "<!-- end of said -->")
 REFERENCES = (f"<!-- reference networks: {MADE} -->", "<!-- end of networks -->")
 
 
@@ -111,8 +112,8 @@ def network_table() -> str:
 
 
 def with_results(page: str, folder: Path, to_root: str = "") -> str:
-    """The page with answers and verdicts of the results in a folder, and the table of networks, wherever it has the
-    marks for them.
+    """The page with answers, sentences and verdicts of the results in a folder, and the table of networks, wherever it
+    has the marks for them.
 
     to_root is the way from the page to the project, which links get in front: "../" for a page in docs.
     """
@@ -130,6 +131,8 @@ def with_results(page: str, folder: Path, to_root: str = "") -> str:
         REFERENCES[0]: (REFERENCES[1], network_table),
     }
     for claim in CLAIMS:
+        sentences = [text for one in summary["results"].values() for text in one.get("said", {}).get(claim, [])]
+        blocks[SAID[0].format(f"{profile}, {claim}")] = SAID[1], partial("\n".join, [f"* {text}" for text in sentences])
         blocks[MARKS[0].format(f"{profile}, {claim}")] = MARKS[1], partial(claim_table, rows(claim))
     for mark, (end, made) in blocks.items():
         if mark in page:
