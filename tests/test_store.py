@@ -257,7 +257,7 @@ def test_a_measurement_of_one_seed_agrees_within_its_own_uncertainty(statistic, 
 def test_claims_of_notebooks_that_were_not_walked_are_said_to_be_missing(tmp_path):
     row = {"claim": "C2", "statistic": "SNR", "effect": 1.0, "uncertainty": 0.1, "null": "none", "notes": ""}
     row |= {"verdict": "supported", "beside": False, "by_seed": [], "numbers": "3 against 2"}
-    summary = {"profile": "cut", "seeds": [0], "data": {"name": "glyphs100"}, "verdicts": [row]}
+    summary = {"profile": "cut", "seeds": [0], "data": {"name": "glyphs100"}, "results": {}, "verdicts": [row]}
     table = pages.verdict_table(summary).splitlines()
     assert any("| SNR<br>3 against 2 |" in line for line in table)
     words = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in table[2:]}

@@ -138,12 +138,7 @@ def nodes(run: Run, seed: int, kind: str) -> Stage:
 
 
 def _measured(run: Run, seed: int, kind: str) -> tuple[nn.Module, list[Tap], dict[str, str]]:
-    """The network of a kind, where its nodes are measured, and what the stage depends on. ValueError for a label with
-    one test image: without it, the label would have none."""
-    counts = run.images.y_test.bincount(minlength=len(run.images.classes))
-    if counts.min() < 2:
-        label = run.images.classes[int(counts.argmin())]
-        raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
+    """The network of a kind, where its nodes are measured, and what the stage depends on."""
     network, inputs = load_network(run, seed, "trained" if kind == "shuffled" else kind)
     once = ONCE if _first(run, seed) and kind != "shuffled" and run.settings.data not in TEXTS else ()
     return network, taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"]), inputs
@@ -159,7 +154,12 @@ def examples(run: Run) -> int:
 
 
 def prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
-    """The images on the device; a random CNN takes its batch norm's statistics from them."""
+    """The images on the device; a random CNN takes its batch norm's statistics from them. ValueError for a label with
+    one test image: without it, the label would have none."""
+    counts = run.images.y_test.bincount(minlength=len(run.images.classes))
+    if counts.min() < 2:
+        label = run.images.classes[int(counts.argmin())]
+        raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
     images = run.images.to(training.best_device())
     if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         refresh_statistics(network, calibration_images(run, seed, images), images)

@@ -338,8 +338,10 @@ def open_committed(profile: str) -> Run:
     """The run behind figures/<profile>/summary.json without its images: committed stages only."""
     summary = read_json(root() / "figures" / profile / "summary.json")
     settings = load_settings(profile, summary["config"])
-    nothing = torch.zeros(0)
-    images = data.Images(summary["data"]["name"], *[nothing] * 4, tuple(summary["data"]["classes"]))
+    known, nothing = summary["data"], torch.zeros(0)
+    images = data.Images(known["name"], *[nothing] * 4, tuple(known["classes"]))
+    if known["name"] in data.TEXTS:  # a network of texts has as many embeddings
+        images = data.Texts(known["name"], *[nothing] * 4, images.classes, words=("",) * (known["vocabulary"] - 2))
     stages = committed_stages(profile)
     return Run(profile, settings, images, stages, stages, stages, summary["data"]["sha256"])
 

@@ -265,7 +265,12 @@ class Run:
             "seeds": self.settings.seeds,
             "environment": provenance.environment(self.settings.precision),
             "device": str(training.best_device()),
-            "data": {"name": self.images.name, "sha256": self.data_sha256, "classes": self.images.classes},
+            "data": {
+                "name": self.images.name,
+                "sha256": self.data_sha256,
+                "classes": self.images.classes,
+                "vocabulary": self.images.vocabulary,
+            },
             "revision": provenance.revision(),
             "results": dict(sorted({**old.get("results", {}), notebook: results}.items())),
             "verdicts": sorted(kept + verdicts, key=lambda verdict: verdict["claim"]),
