@@ -19,3 +19,4 @@ from paperlib.data.sources import SPLITS as SPLITS
 from paperlib.data.sources import TEXTS as TEXTS
 from paperlib.data.sources import check_name as check_name
 from paperlib.data.sources import load as load
+from paperlib.data.text import Texts as Texts
