@@ -231,7 +231,7 @@ def test_summary_gathers_notebooks_and_forgets_other_settings(run):
     assert [*summary["results"].items()] == [("01", {"a": 1}), ("02", {"b": 3})]  # in order, whatever ran last
     assert [row["effect"] for row in summary["verdicts"]] == [2.0]
     assert " ".join(summary) == "profile config seeds environment device data revision results verdicts stages"
-    assert set(summary["data"]) == {"name", "sha256", "classes"}
+    assert set(summary["data"]) == {"name", "sha256", "classes", "vocabulary"}
     other = settings.load_settings("quick", {"epochs": run.settings.epochs + 1})
     said = []
     store.Run("quick", other, run.images, run.stages, run.output, log=said.append).record("03", {}, [])
