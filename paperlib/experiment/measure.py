@@ -49,6 +49,7 @@ def readouts(run: Run, seed: int, kind: str) -> Stage:
     network, places, inputs = _measured(run, seed, kind)
 
     def make(folder: Path) -> None:
+        _check_labels(run.images)
         if not run.settings.blind:
             run.log("the networks have seen the held-out images, which choose penalties: blind=true keeps them apart")
         images, weights, rows = prepared(run, seed, kind, network), {}, []
@@ -144,6 +145,14 @@ def _measured(run: Run, seed: int, kind: str) -> tuple[nn.Module, list[Tap], dic
     return network, taps.places(network, [tap for tap in (*MAIN, *once) if tap != "conv"]), inputs
 
 
+def _check_labels(images: Images) -> None:
+    """ValueError for a label with one test image: without it, the label would have none."""
+    counts = images.y_test.bincount(minlength=len(images.classes))
+    if counts.min() < 2:
+        label = images.classes[int(counts.argmin())]
+        raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
+
+
 def _first(run: Run, seed: int) -> bool:
     return seed == run.settings.seeds[0]
 
@@ -154,12 +163,7 @@ def examples(run: Run) -> int:
 
 
 def prepared(run: Run, seed: int, kind: str, network: nn.Module) -> Images:
-    """The images on the device; a random CNN takes its batch norm's statistics from them. ValueError for a label with
-    one test image: without it, the label would have none."""
-    counts = run.images.y_test.bincount(minlength=len(run.images.classes))
-    if counts.min() < 2:
-        label = run.images.classes[int(counts.argmin())]
-        raise ValueError(f"label {label!r} has {counts.min()} test image: intervals need two of each label")
+    """The images on the device; a random CNN takes its batch norm's statistics from them."""
     images = run.images.to(training.best_device())
     if kind == "random" and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         refresh_statistics(network, calibration_images(run, seed, images), images)
