@@ -175,21 +175,16 @@ def _readouts(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     return words, f"loses {_points(loss['andc'])} points; {others}"
 
 
-def _points(value: float) -> str:
-    """Points with one decimal; nothing is below zero that is rounded to it."""
-    return f"{round(value, 1) + 0.0:.1f}"
-
-
-def _unsigned(value: float) -> str:
-    """The same with two decimals."""
-    return f"{round(value, 2) + 0.0:.2f}"
+def _points(value: float, decimals: int = 1) -> str:
+    """Points; nothing is below zero that is rounded to it."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
 def _division(table: pd.DataFrame, summary: dict) -> tuple[str, str]:
     whole = table[table.fold == -1]
     last = whole[whole.encoder == whole.encoder.max()]
     excess = last.groupby([last.network, last.basis.str.startswith("rotated")]).excess.mean()
-    heads = f"rotated {excess['trained', True]:.2f}, random weights {_unsigned(excess['random', False])}"
+    heads = f"rotated {excess['trained', True]:.2f}, random weights {_points(excess['random', False], 2)}"
     alike = excess["trained", True] > 0.8 * excess["trained", False]
     words = "as much by rotated nodes" if alike else "by single nodes more than by rotated ones"
     return words, f"specialisation {excess['trained', False]:.2f} nats; {heads}"

@@ -1,9 +1,12 @@
 """The numbered notebooks as files: which there are, and how outputs of an executed copy get into them."""
 
+import base64
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
 from paperlib.data import EMBEDDED, TEXTS
 from paperlib.paths import root
@@ -26,7 +29,8 @@ def notebooks_of(data_name: str) -> list[Path]:
 
 
 def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode, profile: str) -> nbformat.NotebookNode:
-    """The notebook with the outputs of an executed copy; ValueError if the copy is of something else."""
+    """The notebook with the outputs of an executed copy, pictures in 256 colours; ValueError if the copy is of
+    something else."""
     injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     cells = [cell for cell in executed.cells if cell not in injected]
     if [cell.source for cell in cells] != [cell.source for cell in source.cells]:
@@ -36,8 +40,21 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode,
     for cell, copy in zip(source.cells, cells, strict=True):
         if cell.cell_type == "code":
             cell.outputs = copy.outputs
+            for output in cell.outputs:
+                if picture := output.get("data", {}).get("image/png"):
+                    output["data"]["image/png"] = in_few_colours(picture)
     number(source.cells)
     return source
+
+
+def in_few_colours(picture: str) -> str:
+    """A PNG in base64 with a palette of 256 colours, a third of its size; as it is where that is no gain, or where
+    something shines through."""
+    image, file = Image.open(io.BytesIO(base64.b64decode(picture))), io.BytesIO()
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+        return picture
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return min(base64.b64encode(file.getvalue()).decode(), picture, key=len)
 
 
 def number(cells: Iterable[nbformat.NotebookNode]) -> None:

@@ -146,7 +146,7 @@ def test_stored_outputs_are_those_of_one_clean_run(path):
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
     assert not re.search(r"/(home|root|Users|tmp|work)/", path.read_text())
-    assert path.stat().st_size < 2_500_000
+    assert path.stat().st_size < 1_500_000
 
 
 # --- README and pages

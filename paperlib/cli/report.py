@@ -37,7 +37,7 @@ CAPTIONS = {
         "randomly reassigned labels, first seed. Dotted: 1, exchangeable labels.",
     ),
     "threshold_sweep": (
-        "02 07", "C3", "SNR of the encoders' output for several thresholds.", "Dashed: random weights.",
+        "02 07", "C3", "SNR of one tap along the encoders for several thresholds.", "Dashed: random weights.",
     ),
     "node_distributions": (
         "02 07", "C2", "Labels, clusters and noise of single nodes; bars hold the middle 50 % and 95 % of the nodes.",
@@ -64,7 +64,7 @@ CAPTIONS = {
     ),
     "head_matrices": (
         "04 07", "C5", "For how many of a head's nodes an image of one label (row) makes another one (column) answer; "
-        "labels by owner, own labels framed.", BY_HEADS,
+        "labels by owner, own labels framed.", "Random weights, where a row says so; see the specialisation of heads.",
     ),
     "head_map": (
         "04", "C5", "How many nodes of each head recognise the labels that a head owns.",
