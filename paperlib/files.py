@@ -1,6 +1,7 @@
 """Files that are there whole or not at all; what cannot be read or written is said in one sentence."""
 
 import errno
+import gzip
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import time
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
+PACKED = ".gz"  # what the name of a packed file ends in
 ANEW = "restore it, or remove it, and it is made anew"
 
 
@@ -135,8 +138,22 @@ def save_table(path: Path, rows: list[dict] | pd.DataFrame) -> None:
 
 
 def sha256(path: Path) -> str | None:
-    """Hash of a file; None where there is none."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
+    """Hash of a file, packed or not (`pack`); None where there is none, or none that can be unpacked."""
+    found = there(path)
+    unreadable = FileNotFoundError, IsADirectoryError, EOFError, gzip.BadGzipFile, zlib.error
+    with suppress(*unreadable), open(path, "rb") if found == path else gzip.open(found) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+def there(path: Path) -> Path:
+    """Where a file's content is: in the file, or where there is none, in its packed copy."""
+    packed = path.with_name(path.name + PACKED)
+    return packed if packed.is_file() and not path.exists() else path
+
+
+def pack(path: Path) -> None:
+    """Replace a file by a packed one, the same bytes for the same content."""
+    with whole(path.with_name(path.name + PACKED)) as file:
+        file.write(gzip.compress(path.read_bytes(), mtime=0))
+    path.unlink()

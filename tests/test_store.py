@@ -11,7 +11,7 @@ import pytest
 
 from paperlib import answers, experiment, files, notebooks, pages, paths
 from paperlib.cli import check, main, publish
-from paperlib.experiment import settings
+from paperlib.experiment import settings, store
 
 CUT = {"epochs": 1, "max_steps": 2, "readout_epochs": 1, "limit": 300, "taps": ["attn", "block"]}
 
@@ -299,3 +299,27 @@ def test_figures_are_stored_alone_where_the_repository_is_full(project, capsys):
     assert main(["publish", "flowers102-cpu", "--figures-only"]) == 0
     assert "not measured yet" in readme.read_text()
     assert {path.name for path in figures.iterdir()} == {"summary.json", "snr_per_encoder.png"}
+
+
+def test_packed_tables_are_the_same_tables(tmp_path):
+    """Large ones are published packed; what does not unpack to what was made is refused."""
+    made, kept = tmp_path / "runs", tmp_path / "committed"
+    folder = made / "s" / "key"
+    folder.mkdir(parents=True)
+    table = pd.DataFrame({"a": range(20_000), "b": [0.1] * 20_000})
+    table.to_csv(folder / "large.csv", index=False)
+    table[:3].to_csv(folder / "small.csv", index=False)
+    hashes = {path.name: files.sha256(path) for path in folder.glob("*.csv")}
+    manifest = {"outputs": hashes, "sha256": store._sum(hashes)}
+    (folder / "stage.json").write_text(json.dumps(manifest))
+    publish.store_stages({"s": "key"}, made, kept)
+    copy = kept / "s" / "key"
+    assert {path.name for path in copy.iterdir()} == {"large.csv.gz", "small.csv", "stage.json"}
+    assert store.changed_files(copy, manifest) == []
+    assert store.Stage(copy, manifest).table("large").equals(table)
+    packed = (copy / "large.csv.gz").read_bytes()
+    files.pack(folder / "large.csv")
+    assert (folder / "large.csv.gz").read_bytes() == packed  # the same bytes each time
+    for damaged in (packed[:-9], packed[:500] + b"x" + packed[501:], b"no gzip"):
+        (copy / "large.csv.gz").write_bytes(damaged)
+        assert store.changed_files(copy, manifest) == ["large.csv"]

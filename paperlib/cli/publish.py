@@ -22,12 +22,13 @@ import nbformat
 from paperlib import colab, frontpage, notebooks, pages
 from paperlib.experiment import settings
 from paperlib.experiment.store import LARGE
-from paperlib.files import read_json, whole, write_text
+from paperlib.files import pack, read_json, whole, write_text
 from paperlib.paths import folder_of, root
 
 SHOWN = "cifar100-cpu"  # the profile whose outputs README and the notebooks of images show
 SHOWN_TEXT = "clinc150-cpu"  # and that of the notebook of texts
 SHOWN_OWN = "quick"  # and that of the notebook on networks of others, of which nothing else is published
+PACKED_FROM = 50_000  # bytes of a stage's table
 FIGURES = (".png", ".pdf", ".svg", ".csv", ".json")
 
 
@@ -132,8 +133,8 @@ def finished_stages(folder: Path) -> dict[str, str]:
 
 
 def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
-    """The small files of the stages that a summary names (stage -> key), from a run or from what is committed already;
-    others are removed."""
+    """The small files of the stages that a summary names (stage -> key), from a run or from what is committed already,
+    large tables packed; others are removed."""
     for name, key in used.items():
         made, copy = stages / name / key, target / name / key
         if not copy.exists():
@@ -143,6 +144,9 @@ def store_stages(used: dict[str, str], stages: Path, target: Path) -> None:
             partial = target.with_name(f".{target.name}.part")  # a torn copy would be taken for the stage
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(made, partial, ignore=shutil.ignore_patterns(*large, ".*.part"))
+            for table in partial.glob("*.csv"):
+                if table.stat().st_size > PACKED_FROM:
+                    pack(table)
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(copy)
     for place in target.glob("*/*"):

@@ -52,7 +52,7 @@ class Stage:
         return self.manifest["sha256"]
 
     def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / f"{name}.csv")
+        return pd.read_csv(files.there(self.folder / f"{name}.csv"))
 
     def arrays(self, name: str) -> dict[str, torch.Tensor]:
         return files.load_arrays(self.folder / f"{name}.npz")
