@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
@@ -494,12 +495,9 @@ def head_experts(labels: pd.DataFrame, data: str, encoder: int) -> Figure:
     share = f"{(own.alone_accuracy > others).mean():.0%} above the line, by chance {1 / part['head'].nunique():.0%}"
     axes[1].annotate(share, (0.5, 1.02), xycoords="axes fraction", ha="center", fontsize=8)
     axes[2].grid(False)
-    image = axes[2].imshow(lost, cmap="RdBu_r", vmin=-np.abs(lost).max().max(), vmax=np.abs(lost).max().max())
+    image = points_matrix(axes[2], lost, np.abs(lost).max().max(), "{:.1f}", fontsize=7)
     axes[2].set(xlabel="owner of the labels", xticks=range(lost.shape[1]), xticklabels=lost.columns)
     axes[2].set(ylabel="silenced head", yticks=range(lost.shape[0]), yticklabels=lost.index)
-    for row, column in itertools.product(range(lost.shape[0]), range(lost.shape[1])) if lost.size <= 64 else ():
-        style = {"color": "white"} if abs(lost.iloc[row, column]) > 0.6 * np.abs(lost).max().max() else {}
-        axes[2].text(column, row, f"{lost.iloc[row, column]:.1f}", ha="center", va="center", fontsize=7, **style)
     figure.colorbar(image, ax=axes[2], label="accuracy lost (points)")
     return _stamped(figure, f"{data}, encoder {encoder}", data, part)
 
@@ -665,11 +663,7 @@ def silenced_heads(table: pd.DataFrame, data: str) -> Figure:
     top = max(np.nanmax(np.abs(part.to_numpy())) for part in lost.values()) or 1.0
     figure, axes = plt.subplots(1, len(lost), figsize=(3.9 * len(lost), 3.2), squeeze=False)
     for axis, (encoder, part) in zip(axes[0], lost.items(), strict=True):
-        image = axis.imshow(part, cmap="RdBu_r", vmin=-top, vmax=top)
-        for row, column in itertools.product(*map(range, part.shape)) if part.size <= 64 else ():
-            value = part.iloc[row, column]
-            style = {"color": "white"} if abs(value) > 0.6 * top else {}
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, **style)
+        image = points_matrix(axis, part, top, "{:.2f}", fontsize=8)
         axis.set(title=f"encoder {encoder}", xlabel="owner of the labels", ylabel="silenced head")
         axis.set(xticks=range(part.shape[1]), xticklabels=part.columns, yticks=range(len(part)), yticklabels=part.index)
     figure.colorbar(image, ax=axes, label="accuracy lost (points)")
@@ -791,6 +785,17 @@ def predicted_sets(table: pd.DataFrame, data: str, tap: str = "block") -> Figure
     right.set(xlabel="nodes in a set", ylabel="mean error (points)", xticks=range(len(sizes)), xticklabels=sizes)
     right.legend(title="predicted by", fontsize=8)
     return _stamped(figure, f"{data}, sets of nodes of {tap}", data, own)
+
+
+def points_matrix(
+    axis, table: pd.DataFrame, top: float, number: str, fontsize: float | None = None, aspect: str = "equal"
+) -> AxesImage:
+    """Draw a table of points, from -top to top, and where there are few their numbers."""
+    for row, column in itertools.product(*map(range, table.shape)) if table.size <= 64 else ():
+        value = table.iloc[row, column]
+        style = {"ha": "center", "va": "center", "color": "white" if abs(value) > 0.6 * top else "black"}
+        axis.text(column, row, number.format(value), fontsize=fontsize, **style)
+    return axis.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top, aspect=aspect)
 
 
 def _points_lost(axis) -> None:

@@ -1,6 +1,5 @@
 """The pictures of the first page: what is measured where, and the main results with their verdicts."""
 
-import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -63,14 +62,8 @@ def _depth(axis, table: pd.DataFrame) -> None:
 
 def _owners(axis, table: pd.DataFrame) -> None:
     lost = figures.lost_by_owner(table)
-    top = np.abs(lost.to_numpy()).max()
-    image = axis.imshow(lost, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    image = figures.points_matrix(axis, lost, np.abs(lost.to_numpy()).max(), "{:+.1f}", aspect="auto")
     heads = range(len(lost))
-    for row, column in itertools.product(heads, heads) if len(lost) <= 8 else ():
-        value = lost.iloc[row, column]
-        axis.text(
-            column, row, f"{value:+.1f}", ha="center", va="center", color="white" if value > 0.6 * top else "black"
-        )
     axis.set(xticks=heads, yticks=heads, xlabel="labels owned by head", ylabel="silenced head")
     axis.figure.colorbar(image, ax=axis, label="accuracy lost (points)", shrink=0.9)
 

@@ -56,7 +56,8 @@ def specialisation(run: Run, seed: int, kind: str) -> Stage:
     def make(folder: Path) -> None:
         images = measure.prepared(run, seed, kind, network)
         places, means = _places(network), source.tensors("means")
-        weights = {place.name: read.tensors("weights")[f"{place.name}/best"] for place in places}
+        every = read.tensors("weights")
+        weights = {place.name: every[f"{place.name}/best"] for place in places}
         on_device = {name: weight.to(images.x_test.device) for name, weight in weights.items()}
         sums, counts, _ = measure.class_sums(network, places, on_device, images.x_test, images.y_test, images)
         encoders, owners, whole = [], [], []
