@@ -20,7 +20,6 @@ from paperlib.files import save_arrays, save_table
 from paperlib.taps import Tap
 
 DRAWS = 2  # random and permuted masks at each threshold
-CONTROLS = ("random", "permuted", "magnitude", "activation")
 
 
 def table(run: Run) -> pd.DataFrame:
