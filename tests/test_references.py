@@ -170,7 +170,7 @@ def test_unknown_names_are_refused(refuses, capsys):
 
 
 def test_committed_references_are_small_and_fit_their_cards():
-    assert sum(reference.path_of(name).stat().st_size for name in models.references()) <= 80e6  # of both versions
+    assert sum(reference.path_of(name).stat().st_size for name in models.references()) <= 70e6
     for name in models.references():
         facts = reference.card(name)
         blind = "-blind" if facts.get("n_held_out") else ""
